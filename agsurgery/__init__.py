@@ -1,0 +1,32 @@
+"""Gradient surgery for training on several losses: a drop-in wrapper for `torch.optim` optimizers.
+
+Example:
+    >>> import torch
+    >>> from agsurgery import AGS, GradientSurgery
+    >>> model = torch.nn.Linear(3, 2)
+    >>> optimizer = GradientSurgery(torch.optim.AdamW(model.parameters(), lr=1e-3), AGS())
+    >>> outputs = model(torch.ones(4, 3))
+    >>> losses = [outputs[:, 0].square().mean(), (outputs[:, 1] - 1).square().mean()]
+    >>> optimizer.zero_grad()
+    >>> report = optimizer.backward(losses)
+    >>> optimizer.step()
+"""
+
+from agsurgery.backward import backward
+from agsurgery.methods import AGS, CAGrad, Mean, PCGrad, Sum
+from agsurgery.optimizer import GradientSurgery, unwrap
+from agsurgery.report import SurgeryReport
+
+__version__ = "0.1.0.dev0"
+
+__all__ = [
+    "AGS",
+    "CAGrad",
+    "GradientSurgery",
+    "Mean",
+    "PCGrad",
+    "Sum",
+    "SurgeryReport",
+    "backward",
+    "unwrap",
+]

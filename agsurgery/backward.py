@@ -1,0 +1,349 @@
+"""From losses to `.grad`: per-task gradients, Gramian, weights, combination."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from agsurgery.jacobian import (
+    Bucket,
+    Reach,
+    Root,
+    buckets,
+    gradient_dtype,
+    gradient_root,
+    split,
+    stacked_roots,
+    walk,
+)
+from agsurgery.kernels import solver_dtype
+from agsurgery.methods import AGS, Weighting, resolve, solve
+from agsurgery.report import SurgeryReport, detached_losses
+
+Losses: TypeAlias = "Sequence[Tensor] | Mapping[str, Tensor] | Tensor"
+"""K scalar losses: a list or tuple, a dict from task name to loss, or a 1-D tensor."""
+
+Heads: TypeAlias = Literal["own", "weighted"]
+"""What a parameter reached by a single loss receives: that loss's gradient, or this times the task's weight."""
+
+
+class Engine:
+    """Surgery with one method, and the storage it reuses from step to step.
+
+    Args:
+        method: see `agsurgery.backward`.
+        heads: see `agsurgery.backward`.
+        shared: see `agsurgery.backward`.
+        outside: see `agsurgery.backward`.
+    """
+
+    def __init__(
+        self,
+        method: str | Weighting,
+        *,
+        heads: Heads = "own",
+        shared: Iterable[Tensor] | None = None,
+        outside: Literal["error", "ignore"] = "error",
+    ) -> None:
+        if heads not in ("own", "weighted"):
+            raise ValueError(f'`heads` must be "own" or "weighted". Got {heads!r}.')
+        if outside not in ("error", "ignore"):
+            raise ValueError(f'`outside` must be "error" or "ignore". Got {outside!r}.')
+        self.method = resolve(method)
+        self.heads: Heads = heads
+        self.shared = None if shared is None else list(shared)
+        self.outside = outside
+        self.report: SurgeryReport | None = None
+        self.published: dict[
+            str, Tensor
+        ] = {}  # state entries as the optimizer last put them in its groups
+        self._buckets: list[Bucket] = []
+        self._layout: tuple[int, ...] = ()
+        self._place: dict[int, tuple[Bucket, int]] = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The storage belongs to these very parameters; a copy makes its own.
+        return self.__dict__ | {
+            "_buckets": [],
+            "_layout": (),
+            "_place": {},
+            "report": None,
+            "published": {},
+        }
+
+    def __call__(
+        self,
+        losses: Losses,
+        parameters: Sequence[Tensor] | None,
+        *,
+        retain_graph: bool = False,
+        loss_scale: Tensor | None = None,
+    ) -> SurgeryReport:
+        """Add the combined gradient of `losses` to the `.grad` of `parameters`; see `agsurgery.backward`."""
+        names, values, roots = _read_losses(losses)
+        reach = walk(roots, parameters)
+        self._check(names, roots, reach)
+        parts = split(reach.leaves, None if self.shared is None else {id(p) for p in self.shared})
+        active = self._prepare(parts.shared, len(names))
+        with torch.no_grad():
+            own: list[list[Tensor | None]] = []
+            for task, (value, root) in enumerate(zip(values, roots, strict=True)):
+                leaves = reach.leaves[task]
+                keep = retain_graph or reach.retain[task]
+                start = torch.ones_like(value) if loss_scale is None else loss_scale.to(value)
+                gradients = () if root is None else _gradients(root, leaves, start, keep)
+                own.append(self._write_rows(task, leaves, gradients))
+            with _full_precision(parts.shared):
+                gramian = _gramian(active, len(names), values[0].device)
+                weights, scale = solve(self.method, gramian)
+                for bucket in active:
+                    bucket.deliver(weights)
+            for task, head_gradients in enumerate(own):
+                factor = None if self.heads == "own" else weights[task]
+                _deliver_own(parts.own[task], head_gradients, factor)
+            if loss_scale is not None:
+                gramian = gramian / loss_scale.to(gramian).square()
+            self.report = SurgeryReport(
+                tuple(names), detached_losses(values), gramian, weights, scale
+            )
+        return self.report
+
+    def _check(self, names: Sequence[str], roots: Sequence[Root | None], reach: Reach) -> None:
+        if all(root is None for root in roots):
+            raise RuntimeError(
+                "At least one loss must depend on a parameter. None of them has a graph: were they computed "
+                "under `torch.no_grad()`, or detached?"
+            )
+        strangers = [leaf for leaf in reach.others if isinstance(leaf, torch.nn.Parameter)]
+        for name, root, leaves in zip(names, roots, reach.leaves, strict=True):
+            if root is not None and not leaves:
+                raise ValueError(
+                    f"The loss of task {name!r} must reach at least one of the parameters. It has a graph, but reaches "
+                    f"none of them ({len(strangers)} other parameters). Give the optimizer the parameters of this "
+                    "model; sharded ones (FSDP2) are out of reach of per-task gradients."
+                )
+        if strangers and self.outside == "error":
+            shapes = ", ".join(str(tuple(leaf.shape)) for leaf in strangers[:5])
+            raise ValueError(
+                f"The losses must reach only parameters that this optimizer holds. They reach {len(strangers)} others "
+                f"(shapes {shapes}{', ...' if len(strangers) > 5 else ''}), which would stay without gradient. "
+                'Add them, freeze them with `requires_grad_(False)`, or pass `outside="ignore"`.'
+            )
+        if reach.reentrant:
+            raise RuntimeError(
+                "Per-task gradients cannot see through a reentrant checkpoint. Call "
+                "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+            )
+
+    def _prepare(self, shared: list[Tensor], tasks: int) -> list[Bucket]:
+        """Storage for this step; kept from the last one as long as the same parameters are shared."""
+        self._place = {}
+        if not shared:
+            return []  # but keep the storage: a batch without one of two tasks shares nothing
+        layout = tuple(id(parameter) for parameter in shared)
+        if layout != self._layout:
+            for parameter in shared:
+                _check_parameter(parameter)
+            self._buckets, self._layout = buckets(shared), layout
+        for bucket in self._buckets:
+            bucket.reserve(tasks)
+            for position, parameter in enumerate(bucket.parameters):
+                self._place[id(parameter)] = (bucket, position)
+        return self._buckets
+
+    def _write_rows(
+        self, task: int, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> list[Tensor | None]:
+        """Write row `task` of the shared parameters; return the gradients of the loss's own ones."""
+        own: list[Tensor | None] = []
+        rows: dict[Bucket, dict[int, Tensor]] = {bucket: {} for bucket, _ in self._place.values()}
+        # A constant loss reaches no leaf, and writes rows of zeros.
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if id(leaf) not in self._place:
+                own.append(gradient)
+            elif gradient is not None:
+                bucket, position = self._place[id(leaf)]
+                rows[bucket][position] = gradient
+        for bucket, row in rows.items():
+            bucket.write(task, row)
+        return own
+
+
+def _gramian(active: Sequence[Bucket], tasks: int, device: torch.device) -> Tensor:
+    """Sum over the buckets, on the device of the first one; zero where nothing is shared."""
+    if not active:
+        return torch.zeros(tasks, tasks, dtype=solver_dtype(device), device=device)
+    parts = [bucket.gramian(tasks) for bucket in active]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part.to(total)
+    return total
+
+
+def backward(
+    losses: Losses,
+    params: Iterable[Tensor] | None = None,
+    method: str | Weighting | None = None,
+    *,
+    heads: Heads = "own",
+    shared: Iterable[Tensor] | None = None,
+    outside: Literal["error", "ignore"] = "error",
+    retain_graph: bool = False,
+) -> SurgeryReport:
+    r"""Add the combined gradient of several losses to `.grad`, in place of `sum(losses).backward()`.
+
+    A parameter that two or more losses reach is shared: with the rows of J the K gradients over all shared
+    parameters and :math:`w = \mathrm{method}(J J^\top)`, it receives its part of :math:`J^\top w`. A parameter
+    that one loss reaches receives that loss's gradient. A parameter that no loss reaches keeps its `.grad`.
+
+    Args:
+        losses: K scalar losses: list, tuple, dict from task name to loss, or a 1-D tensor. A loss without a graph
+            (a constant, such as the zero of an absent task) has a zero gradient. Heads of a 1-D tensor are told from
+            shared parameters only if it comes straight from `torch.stack`.
+        params: leaf tensors to give gradients to. None: all that the losses reach.
+        method: an instance such as `AGS()`, a name such as `"cagrad"`, or any callable from a `(K, K)` float64
+            Gramian to `(K,)` weights. None: `AGS()`. Pass the same instance in every step if it has a state.
+        heads: `"own"`: a parameter of a single loss receives that loss's gradient unchanged. `"weighted"`: times
+            the weight of the task, as when the weighted losses are summed.
+        shared: parameters to treat as shared, where the graph does not tell (a model compiled as a whole reaches
+            everything from every loss). All others receive the plain sum of their gradients.
+        outside: what to do when the losses reach an `nn.Parameter` that is not in `params`.
+        retain_graph: keep the graphs for another backward pass.
+
+    Returns:
+        The `SurgeryReport` of this step.
+
+    Raises:
+        TypeError: losses or parameters of a wrong kind.
+        ValueError: a loss is not a scalar or reaches no parameter; no loss; an unknown option.
+        RuntimeError: no loss has a graph; a reentrant checkpoint is in the way.
+
+    Example:
+        >>> import torch
+        >>> x = torch.tensor([1.0, 1.0], requires_grad=True)
+        >>> report = backward([(x[0] - x[1]).square() + x[0], -x[0]], [x], "pcgrad")
+        >>> x.grad
+        tensor([0., 0.])
+        >>> report.conflict
+        tensor(True)
+    """
+    engine = Engine(
+        AGS() if method is None else method, heads=heads, shared=shared, outside=outside
+    )
+    unique = None if params is None else list({id(p): p for p in _as_tensors(params)}.values())
+    return engine(losses, unique, retain_graph=retain_graph)
+
+
+def _as_tensors(params: Iterable[Tensor]) -> list[Tensor]:
+    if isinstance(params, Tensor | torch.nn.Module):
+        raise TypeError(
+            f"`params` must be an iterable of tensors, such as `model.parameters()`. Got {type(params).__name__}."
+        )
+    tensors = list(params)
+    for i, tensor in enumerate(tensors):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"`params[{i}]` must be a tensor. Got {type(tensor).__name__}.")
+        if not tensor.is_leaf:
+            raise ValueError(
+                f"`params[{i}]` must be a leaf of the graph. Got the result of {tensor.grad_fn}; "
+                "pass the parameters it was computed from."
+            )
+    return [tensor for tensor in tensors if tensor.requires_grad]
+
+
+def _read_losses(losses: Losses) -> tuple[list[str], list[Tensor], list[Root | None]]:
+    """Task names, scalar losses and where their backward passes start."""
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1 or losses.shape[0] == 0:
+            raise ValueError(
+                f"A tensor of losses must have shape (K,), K >= 1. Got shape {tuple(losses.shape)}. "
+                "Pass a list of scalars, or `loss.unsqueeze(0)` for a single one."
+            )
+        values = list(losses.unbind())
+        return [str(i) for i in range(len(values))], values, stacked_roots(losses)
+    if isinstance(losses, Mapping):
+        names, values = [str(name) for name in losses], list(losses.values())
+        labels = [f"losses[{name!r}]" for name in losses]
+    elif isinstance(losses, list | tuple):
+        names, values = [str(i) for i in range(len(losses))], list(losses)
+        labels = [f"losses[{i}]" for i in range(len(losses))]
+    else:
+        raise TypeError(
+            "`losses` must be a list, tuple or dict of scalar tensors, or a 1-D tensor. "
+            f"Got {type(losses).__name__}."
+        )
+    if not values:
+        raise ValueError("`losses` must hold at least one loss. Got none.")
+    for label, value in zip(labels, values, strict=True):
+        if not isinstance(value, Tensor):
+            raise TypeError(
+                f"`{label}` must be a scalar tensor. Got {type(value).__name__}. "
+                "For a task without a loss in this batch pass `torch.zeros(())` or leave it out."
+            )
+        if value.numel() != 1:
+            raise ValueError(
+                f"`{label}` must be a scalar. Got shape {tuple(value.shape)}. Reduce it, for instance with `.mean()`."
+            )
+        if value.is_complex() or not value.is_floating_point():
+            raise TypeError(f"`{label}` must be real floating point. Got {value.dtype}.")
+    values = [value.reshape(()) for value in values]
+    return names, values, [gradient_root(value) for value in values]
+
+
+def _gradients(
+    root: Root, leaves: Sequence[Tensor], start: Tensor, retain_graph: bool
+) -> tuple[Tensor | None, ...]:
+    try:
+        return torch.autograd.grad(
+            (root,), list(leaves), (start,), retain_graph=retain_graph, allow_unused=True
+        )
+    except RuntimeError as error:
+        if "donated buffer" not in str(error):
+            raise
+        raise RuntimeError(
+            "Several backward passes through a compiled model need its graph kept, but it was compiled for a "
+            "single one. Set `torch._functorch.config.donated_buffer = False` before compiling."
+        ) from error
+
+
+def _check_parameter(parameter: Tensor) -> None:
+    if hasattr(parameter, "_in_backward_optimizers"):
+        raise RuntimeError(
+            "A parameter must not have its optimizer in the backward pass (`_apply_optimizer_in_backward`): per-task "
+            "gradients never reach that hook, so the parameter would not be updated. Remove it."
+        )
+    if hasattr(parameter, "placements"):
+        raise TypeError(
+            "Shared parameters must be plain tensors. Got a DTensor (FSDP2 or tensor parallel), whose gradients "
+            "`torch.autograd.grad` does not see."
+        )
+
+
+def _deliver_own(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], factor: Tensor | None
+) -> None:
+    """Add a loss's own gradients to `.grad`; None stays None."""
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        if gradient is None:
+            continue
+        _check_parameter(parameter)
+        gradient = gradient.to(gradient_dtype(parameter))
+        if factor is not None:
+            gradient = gradient * factor.to(gradient.device, gradient.real.dtype)
+        if parameter.grad is None:
+            # Autograd may hand out one tensor twice, or one that the user's code still holds.
+            parameter.grad = gradient if factor is not None else gradient.clone()
+        else:
+            parameter.grad.add_(gradient)
+
+
+def _full_precision(shared: Sequence[Tensor]) -> AbstractContextManager[object]:
+    """Autocast off: it would compute the Gramian in 16 bits when called inside its region."""
+    for parameter in shared:
+        if torch.is_autocast_enabled(parameter.device.type):
+            return torch.autocast(parameter.device.type, enabled=False)
+    return nullcontext()

@@ -1,0 +1,75 @@
+"""CAGrad: the step near the mean gradient that helps the worst-off task the most."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from agsurgery.methods._base import Method, Reduction, Solution
+from agsurgery.methods._conflict_averse import conflict_averse_pair, conflict_averse_weights
+from agsurgery.methods._cosine import cosines
+
+
+class CAGrad(Method):
+    r"""Conflict-averse gradient descent.
+
+    With :math:`g_0` the mean gradient, the update solves
+
+    .. math:: \max_d \min_i \langle g_i, d \rangle \quad \text{such that} \quad |d - g_0| \le c\,|g_0|,
+
+    which is :math:`d = g_0 + \sqrt\phi\, J^\top v / |J^\top v|` with :math:`\phi = c^2 |g_0|^2` and v the minimiser of
+    :math:`\langle J^\top v, g_0\rangle + \sqrt\phi\,|J^\top v|` over the simplex.
+
+    Guarantees: the minimum over the tasks of :math:`\langle g_i, d\rangle` is the largest within the ball.
+    It is not negative, so that no task is opposed, for c >= 1; for c < 1 that depends on the gradients.
+    `c = 0` is the plain mean.
+
+    Args:
+        c: radius of the ball relative to the mean gradient, at least 0. The paper uses 0.2 to 0.8 by task;
+            0.5 is the usual default of public code.
+        rescale: divide the update by `"quadratic"` :math:`1 + c^2` or `"linear"` :math:`1 + c`, as some of the
+            authors' scripts do, or not at all (`"none"`, Algorithm 1).
+        reduction: see `Method`. The paper's step has the scale of the mean; `"sum"` multiplies it by K.
+
+    Raises:
+        ValueError: `c` is negative or `rescale` is unknown.
+
+    Note:
+        The problem is solved on the cosines and row norms, never on raw gradients, so that its answer does
+        not change when all losses are multiplied by a constant. Official and derived code hands the raw problem to a
+        general solver with an absolute tolerance; for small gradients that returns equal weights. A task with a
+        zero gradient is left out, also of the mean. When some convex combination of the gradients vanishes the
+        quotient above is 0/0; the limit of the interior-point path is taken, whose step still is optimal.
+
+    Example:
+        >>> import torch
+        >>> CAGrad(c=0.5)(torch.eye(2, dtype=torch.float64))
+        tensor([1.5000, 1.5000], dtype=torch.float64)
+
+    References:
+        Liu et al., [Conflict-Averse Gradient Descent for Multi-task Learning](https://arxiv.org/abs/2110.14048), 2021,
+        equations 3 and 4, Algorithm 1.
+    """
+
+    def __init__(
+        self,
+        c: float = 0.5,
+        *,
+        rescale: str = "none",
+        reduction: Reduction = "sum",
+    ) -> None:
+        super().__init__(reduction=reduction)
+        if not c >= 0:
+            raise ValueError(f"`c` must not be negative. Got {c}.")
+        divisors = {"none": 1.0, "quadratic": 1 + c * c, "linear": 1 + c}
+        if rescale not in divisors:
+            raise ValueError(f"`rescale` must be one of {sorted(divisors)}. Got {rescale!r}.")
+        self.c = c
+        self.rescale = rescale
+        self._divisor = divisors[rescale]
+
+    def _solve_sum(self, gramian: Tensor) -> Solution:
+        split = cosines(gramian)
+        solver = conflict_averse_pair if gramian.shape[0] == 2 else conflict_averse_weights
+        weights = solver(split, self.c) / self._divisor
+        return Solution(weights, torch.ones_like(weights[0]))

@@ -1,0 +1,97 @@
+"""PCGrad: remove from each task gradient its component against every other task."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from agsurgery.methods._base import Method, Reduction, Solution
+from agsurgery.methods._cosine import Cosines, cosines
+from agsurgery.methods._random import random_orders
+
+
+def pcgrad_weights(split: Cosines, orders: Tensor | None) -> Tensor:
+    r"""Weights of the summed PCGrad update.
+
+    Task i starts from :math:`g_i` and, for each other task j in its order, loses its component along
+    :math:`g_j` if their inner product is negative. All tasks advance together: row i of `change` holds the
+    coefficients, in units of :math:`|g_i|` on unit vectors, of what has been added to :math:`g_i` so far.
+
+    Args:
+        split: norms and cosines of the Gramian.
+        orders: `(K, K - 1)` indices, row i an order of the tasks other than i; unused (None) for two tasks.
+
+    Returns:
+        `(K,)` weights, exactly 1 where nothing conflicts.
+    """
+    tasks = split.norms.shape[0]
+    if tasks == 1:
+        return torch.ones_like(split.norms)
+    if (
+        tasks == 2
+    ):  # each gradient is projected once, against an untouched one: the order has no effect
+        overlap = split.matrix[0, 1].clamp(max=0)
+        return 1 - overlap * split.norms.flip(0) * split.reciprocals
+    assert orders is not None
+    change = torch.zeros_like(split.matrix)
+    rows = torch.arange(tasks, device=change.device)
+    for step in range(tasks - 1):
+        against = orders[:, step]
+        columns = split.matrix[against]
+        cosine = columns[rows, rows] + (change * columns).sum(1)
+        change = change.scatter_add(1, against.unsqueeze(1), -cosine.clamp(max=0).unsqueeze(1))
+    return 1 + (split.norms.unsqueeze(1) * change).sum(0) * split.reciprocals
+
+
+class PCGrad(Method):
+    r"""Projecting conflicting gradients, summed over the tasks.
+
+    For each task i, :math:`g_i' = g_i`; then for each other j in random order, if
+    :math:`\langle g_i', g_j\rangle < 0`, :math:`g_i' \leftarrow g_i' -
+    \frac{\langle g_i', g_j\rangle}{|g_j|^2} g_j`, with the original :math:`g_j`. The update is
+    :math:`\sum_i g_i'`. For two tasks in conflict, :math:`w = (1 - G_{12}/G_{11},\; 1 - G_{12}/G_{22})`.
+
+    Guarantees: equals the plain sum, exactly, when no two gradients conflict. For two tasks the update opposes
+    neither. For three or more it may: each projection can undo an earlier one.
+
+    Args:
+        seed: of the random orders (three tasks and more). Equal seeds give equal orders on every rank.
+        reduction: see `Method`; the paper sums.
+
+    Note:
+        The order of the projections is drawn anew in each step, for each task, as in the paper's algorithm;
+        its published code keeps one fixed order. The test for a conflict has no epsilon, so the method works the
+        same at any scale of the gradients.
+
+    Example:
+        >>> import torch
+        >>> PCGrad()(torch.tensor([[1.0, -0.5], [-0.5, 1.0]], dtype=torch.float64))
+        tensor([1.5000, 1.5000], dtype=torch.float64)
+
+    References:
+        Yu et al., [Gradient Surgery for Multi-Task Learning](https://arxiv.org/abs/2001.06782), 2020, Algorithm 1.
+    """
+
+    def __init__(self, *, seed: int = 0, reduction: Reduction = "sum") -> None:
+        super().__init__(reduction=reduction)
+        self._seed = torch.tensor(seed, dtype=torch.int64)
+        self._draws = torch.zeros((), dtype=torch.int64)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Seed and number of the random orders drawn so far (0-d int64)."""
+        return {"seed": self._seed, "draws": self._draws}
+
+    def _solve_sum(self, gramian: Tensor) -> Solution:
+        return Solution(
+            pcgrad_weights(cosines(gramian), self._orders(gramian)), gramian.new_ones(())
+        )
+
+    def _orders(self, gramian: Tensor) -> Tensor | None:
+        if gramian.shape[0] < 3:
+            return None
+        if self._draws.device != gramian.device:
+            self._seed, self._draws = self._seed.to(gramian.device), self._draws.to(gramian.device)
+        self._draws.add_(1)
+        return random_orders(self._seed, self._draws, gramian.shape[0])

@@ -1,0 +1,282 @@
+"""`GradientSurgery`: an optimizer that is its base optimizer in every respect, and adds `backward(losses)`."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from agsurgery.backward import Engine, Heads, Losses
+from agsurgery.methods import AGS, Method, Weighting
+from agsurgery.report import SurgeryReport
+
+_STATE_PREFIX = "agsurgery_"
+"""State of the method is kept in `param_groups[0]` under this prefix: the one place that every checkpoint
+format carries along, and that the bare optimizer ignores when it loads such a checkpoint."""
+
+
+class GradientSurgery(Optimizer):
+    r"""A `torch.optim` optimizer whose `backward(losses)` reconciles the gradients of several losses.
+
+    Everything but `backward` is the base optimizer: `param_groups`, `state` and `defaults` are its own objects, so
+    schedulers, checkpoints, clipping, `GradScaler` and hooks work as before, and a checkpoint of the bare optimizer
+    loads into the wrapper and back.
+
+    Args:
+        base_optimizer: any instance of `torch.optim.Optimizer`.
+        method: how the task gradients are combined; see `agsurgery.backward`. None: `AGS()`.
+        heads: see `agsurgery.backward`.
+        shared: see `agsurgery.backward`.
+        outside: see `agsurgery.backward`.
+
+    Raises:
+        TypeError: `base_optimizer` is not an instance of `torch.optim.Optimizer`.
+        ValueError: unknown method or option.
+
+    Example:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+        >>> optimizer = GradientSurgery(torch.optim.SGD([w], lr=0.1), "pcgrad")
+        >>> losses = {"a": w[0] + w[1], "b": w[0] - 2 * w[1]}
+        >>> optimizer.zero_grad()
+        >>> report = optimizer.backward(losses)
+        >>> w.grad
+        tensor([ 2.7000, -0.9000])
+        >>> optimizer.step()
+
+    Note:
+        Clip after `backward`: clipping the gradients of each task first would change the direction. A plain
+        `.backward()` into the same `.grad` belongs after `optimizer.backward`, or pass its loss as a task.
+    """
+
+    # `GradScaler` must unscale `.grad` itself even when the base is fused. The class attribute keeps `__getattr__`
+    # from handing out the base's True, after which the base would step with gradients that nobody unscales.
+    _step_supports_amp_scaling = False
+
+    def __init__(
+        self,
+        base_optimizer: Optimizer,
+        method: str | Weighting | None = None,
+        *,
+        heads: Heads = "own",
+        shared: Iterable[Tensor] | None = None,
+        outside: Literal["error", "ignore"] = "error",
+    ) -> None:
+        # `Optimizer.__init__` is not called: it would make param groups and state of its own, which go stale.
+        if not isinstance(base_optimizer, Optimizer):
+            raise TypeError(
+                "`base_optimizer` must be an instance of torch.optim.Optimizer, such as "
+                f"`torch.optim.AdamW(model.parameters())`. Got {_kind(base_optimizer)}."
+            )
+        self.base_optimizer = base_optimizer
+        self.engine = Engine(
+            AGS() if method is None else method, heads=heads, shared=shared, outside=outside
+        )
+        self._make_hook_tables()
+        self._synchronise_state()
+
+    def _make_hook_tables(self) -> None:
+        self._optimizer_step_pre_hooks: OrderedDict[int, Any] = OrderedDict()
+        self._optimizer_step_post_hooks: OrderedDict[int, Any] = OrderedDict()
+        self._optimizer_state_dict_pre_hooks: OrderedDict[int, Any] = OrderedDict()
+        self._optimizer_state_dict_post_hooks: OrderedDict[int, Any] = OrderedDict()
+        self._optimizer_load_state_dict_pre_hooks: OrderedDict[int, Any] = OrderedDict()
+        self._optimizer_load_state_dict_post_hooks: OrderedDict[int, Any] = OrderedDict()
+
+    # -- surgery ----------------------------------------------------------------------------------
+
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        scaler: torch.amp.GradScaler | None = None,
+        retain_graph: bool = False,
+    ) -> SurgeryReport:
+        """Add the combined gradient of `losses` to `.grad`, in place of `sum(losses).backward()`.
+
+        Args:
+            losses: K scalar losses: list, tuple, dict from task name to loss, or a 1-D tensor; unscaled.
+            scaler: scale the gradients with this `GradScaler`, in place of `scaler.scale(loss).backward()`.
+            retain_graph: keep the graphs for another backward pass.
+
+        Returns:
+            The `SurgeryReport` of this step, also kept as `report`.
+
+        Raises:
+            TypeError, ValueError, RuntimeError: see `agsurgery.backward`.
+        """
+        self._synchronise_state()
+        loss_scale = None
+        parameters = self._parameters()
+        if scaler is not None and scaler.is_enabled():
+            loss_scale = scaler.scale(torch.ones((), device=parameters[0].device))
+        report = self.engine(losses, parameters, retain_graph=retain_graph, loss_scale=loss_scale)
+        self._synchronise_state()
+        return report
+
+    @property
+    def report(self) -> SurgeryReport | None:
+        """The report of the last `backward`; None before the first."""
+        return self.engine.report
+
+    @property
+    def method(self) -> Weighting:
+        """The method that combines the task gradients."""
+        return self.engine.method
+
+    def _parameters(self) -> list[Tensor]:
+        unique = {id(p): p for group in self.param_groups for p in group["params"]}
+        return [p for p in unique.values() if p.requires_grad]
+
+    def _synchronise_state(self) -> None:
+        """Keep the method's live state tensors in `param_groups[0]`, and take over what was loaded there.
+
+        Loading a checkpoint, through the wrapper or behind its back through the base, replaces the group and
+        what is in it; an entry that is not the one put here last is therefore newer than the method's.
+        """
+        method, group = self.engine.method, self.param_groups[0]
+        if not isinstance(method, Method):
+            return
+        for name, value in method.state().items():
+            key = _STATE_PREFIX + name
+            loaded = group.get(key)
+            if loaded is not None and loaded is not self.engine.published.get(key):
+                value.copy_(torch.as_tensor(loaded))
+            group[key] = self.engine.published[key] = value
+
+    # -- the base optimizer -----------------------------------------------------------------------
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's parameter groups."""
+        return self.base_optimizer.param_groups
+
+    @param_groups.setter
+    def param_groups(self, value: list[dict[str, Any]]) -> None:
+        self.base_optimizer.param_groups = value
+
+    @property
+    def state(self) -> Any:
+        """The base optimizer's state."""
+        return self.base_optimizer.state
+
+    @state.setter
+    def state(self, value: Any) -> None:
+        self.base_optimizer.state = value
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults."""
+        return self.base_optimizer.defaults
+
+    @defaults.setter
+    def defaults(self, value: dict[str, Any]) -> None:
+        self.base_optimizer.defaults = value
+
+    def __getattr__(self, name: str) -> Any:
+        # Only for names not found here: `train` and `eval` of schedule-free optimizers, for instance.
+        if name == "base_optimizer" or (name.startswith("__") and name.endswith("__")):
+            raise AttributeError(
+                name
+            )  # not yet set, while unpickling: looking it up on the base would recurse
+        return getattr(self.base_optimizer, name)
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """One step of the base optimizer, with the step hooks registered here around it."""
+        # As torch does it: hooks see the positional arguments with the optimizer in front.
+        args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
+        kwargs: dict[str, Any] = {}
+        for hook in list(self._optimizer_step_pre_hooks.values()):
+            result = hook(self, args, kwargs)
+            if result is None:
+                continue
+            if not (isinstance(result, tuple) and len(result) == 2):
+                raise RuntimeError(
+                    f"A step pre-hook must return None or a tuple of new args and kwargs. Got {result!r}."
+                )
+            args, kwargs = result
+        loss: float | None = self.base_optimizer.step(*args[1:], **kwargs)  # runs the global hooks
+        for hook in list(self._optimizer_step_post_hooks.values()):
+            hook(self, args, kwargs)
+        return loss
+
+    # torch wraps `step` of every optimizer class that lacks this mark in a function that runs all hooks again.
+    step.hooked = True  # type: ignore[attr-defined]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear the gradients; see `torch.optim.Optimizer.zero_grad`."""
+        self.base_optimizer.zero_grad(set_to_none=set_to_none)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group to the base optimizer."""
+        self.base_optimizer.add_param_group(param_group)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of the base optimizer, with the method's state among the entries of its first group."""
+        for hook in list(self._optimizer_state_dict_pre_hooks.values()):
+            hook(self)
+        self._synchronise_state()
+        state_dict = self.base_optimizer.state_dict()
+        for hook in list(self._optimizer_state_dict_post_hooks.values()):
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this wrapper or of the bare optimizer."""
+        state_dict = state_dict.copy()  # hooks may change it, as in torch
+        for hook in list(self._optimizer_load_state_dict_pre_hooks.values()):
+            changed = hook(self, state_dict)
+            state_dict = state_dict if changed is None else changed
+        self.base_optimizer.load_state_dict(state_dict)
+        self._synchronise_state()
+        for hook in list(self._optimizer_load_state_dict_post_hooks.values()):
+            hook(self)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # As in torch, hooks are left out; so is a `step` that a scheduler put on this very instance.
+        return {"base_optimizer": self.base_optimizer, "engine": self.engine}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        if "_optimizer_step_pre_hooks" not in self.__dict__:
+            self._make_hook_tables()
+
+    def __repr__(self) -> str:
+        return f"GradientSurgery({self.engine.method!r}, {self.base_optimizer!r})"
+
+
+def unwrap(optimizer: Any) -> GradientSurgery:
+    """Return the `GradientSurgery` inside the wrappers of a framework, for its `backward`.
+
+    Follows the attributes `optimizer`, `_optimizer` and `base_optimizer` (Accelerate, Lightning, others).
+
+    Raises:
+        TypeError: there is none.
+    """
+    seen: set[int] = set()
+    pending = [optimizer]
+    while pending:
+        current = pending.pop()
+        content = getattr(current, "__dict__", {})
+        # Lightning's proxy is an instance of our class too, but one without contents of its own.
+        if isinstance(current, GradientSurgery) and "base_optimizer" in content:
+            return current
+        seen.add(id(current))
+        inner = [content.get(name) for name in ("base_optimizer", "_optimizer", "optimizer")]
+        pending += [value for value in inner if value is not None and id(value) not in seen]
+    raise TypeError(f"`optimizer` must wrap a GradientSurgery. Got {_kind(optimizer)}.")
+
+
+def _kind(value: object) -> str:
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__

@@ -1,0 +1,1 @@
+"""Runnable examples; the library itself never imports them."""

@@ -62,14 +62,14 @@ class Engine:
             str, Tensor
         ] = {}  # state entries as the optimizer last put them in its groups
         self._buckets: list[Bucket] = []
-        self._layout: tuple[int, ...] = ()
+        self._layout: list[Any] = []
         self._place: dict[int, tuple[Bucket, int]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         # The storage belongs to these very parameters; a copy makes its own.
         return self.__dict__ | {
             "_buckets": [],
-            "_layout": (),
+            "_layout": [],
             "_place": {},
             "report": None,
             "published": {},
@@ -89,7 +89,7 @@ class Engine:
         self._check(names, roots, reach)
         parts = split(reach.leaves, None if self.shared is None else {id(p) for p in self.shared})
         active = self._prepare(parts.shared, len(names))
-        with torch.no_grad():
+        with torch.no_grad(), _full_precision(values[0].device):
             own: list[list[Tensor | None]] = []
             for task, (value, root) in enumerate(zip(values, roots, strict=True)):
                 leaves = reach.leaves[task]
@@ -97,11 +97,10 @@ class Engine:
                 start = torch.ones_like(value) if loss_scale is None else loss_scale.to(value)
                 gradients = () if root is None else _gradients(root, leaves, start, keep)
                 own.append(self._write_rows(task, leaves, gradients))
-            with _full_precision(parts.shared):
-                gramian = _gramian(active, len(names), values[0].device)
-                weights, scale = solve(self.method, gramian)
-                for bucket in active:
-                    bucket.deliver(weights)
+            gramian = _gramian(active, len(names), values[0].device)
+            weights, scale = solve(self.method, gramian)
+            for bucket in active:
+                bucket.deliver(weights)
             for task, head_gradients in enumerate(own):
                 factor = None if self.heads == "own" else weights[task]
                 _deliver_own(parts.own[task], head_gradients, factor)
@@ -144,7 +143,8 @@ class Engine:
         self._place = {}
         if not shared:
             return []  # but keep the storage: a batch without one of two tasks shares nothing
-        layout = tuple(id(parameter) for parameter in shared)
+        # `model.double()` and `model.to(device)` keep the identity of the parameters.
+        layout = [(id(p), p.device, gradient_dtype(p), p.shape, p.stride()) for p in shared]
         if layout != self._layout:
             for parameter in shared:
                 _check_parameter(parameter)
@@ -160,8 +160,10 @@ class Engine:
     ) -> list[Tensor | None]:
         """Write row `task` of the shared parameters; return the gradients of the loss's own ones."""
         own: list[Tensor | None] = []
-        rows: dict[Bucket, dict[int, Tensor]] = {bucket: {} for bucket, _ in self._place.values()}
         # A constant loss reaches no leaf, and writes rows of zeros.
+        rows: dict[Bucket, dict[int, Tensor]] = {
+            bucket: {} for bucket in self._buckets if self._place
+        }
         for leaf, gradient in zip(leaves, gradients, strict=True):
             if id(leaf) not in self._place:
                 own.append(gradient)
@@ -290,7 +292,7 @@ def _read_losses(losses: Losses) -> tuple[list[str], list[Tensor], list[Root | N
             )
         if value.is_complex() or not value.is_floating_point():
             raise TypeError(f"`{label}` must be real floating point. Got {value.dtype}.")
-    values = [value.reshape(()) for value in values]
+    values = [value if value.dim() == 0 else value.reshape(()) for value in values]
     return names, values, [gradient_root(value) for value in values]
 
 
@@ -335,15 +337,20 @@ def _deliver_own(
         if factor is not None:
             gradient = gradient * factor.to(gradient.device, gradient.real.dtype)
         if parameter.grad is None:
-            # Autograd may hand out one tensor twice, or one that the user's code still holds.
-            parameter.grad = gradient if factor is not None else gradient.clone()
+            # A copy: autograd may hand out one tensor twice, or one that the user's code still holds, and
+            # its strides may differ from the parameter's, which fused optimizers do not notice.
+            dense = gradient.layout == torch.strided
+            parameter.grad = (
+                torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+                if dense
+                else gradient.clone()
+            )
         else:
             parameter.grad.add_(gradient)
 
 
-def _full_precision(shared: Sequence[Tensor]) -> AbstractContextManager[object]:
-    """Autocast off: it would compute the Gramian in 16 bits when called inside its region."""
-    for parameter in shared:
-        if torch.is_autocast_enabled(parameter.device.type):
-            return torch.autocast(parameter.device.type, enabled=False)
+def _full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off: inside its region it would compute the Gramian, and parts of the backward pass, in 16 bits."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
     return nullcontext()

@@ -87,28 +87,27 @@ def walk(roots: Sequence[Root | None], parameters: Sequence[Tensor] | None) -> R
         return 1 << position[id(leaf)]
 
     for loss, root in enumerate(roots):
-        stack = [] if root is None else [root.node]
+        stack = [] if root is None else [(root.node, _children(root.node))]
         while stack:
-            node = stack[-1]
-            if node in reached:
-                meet(stack.pop(), loss)
-                continue
-            children = [child for child, _ in node.next_functions if child is not None]
+            node, children = stack[-1]
             fresh = [child for child in children if child not in reached]
-            if fresh:
-                stack.extend(fresh)
+            if fresh and node not in reached:
+                stack += [(child, _children(child)) for child in fresh]
                 continue
             stack.pop()
-            kind = node.name()
-            if kind == "torch::autograd::AccumulateGrad":
-                reached[node] = leaf_mask(node.variable)  # type: ignore[attr-defined]  # not in torch's stubs
+            if node in reached:
+                meet(node, loss)
+                continue
+            leaf = getattr(node, "variable", None) if not children else None
+            if leaf is not None:  # only a node that accumulates into a leaf has one
+                reached[node] = leaf_mask(leaf)
                 continue
             mask = 0
             for child in children:
                 meet(child, loss)
                 mask |= reached[child]
             reached[node], owner[node] = mask, loss
-            reentrant |= kind == "CheckpointFunctionBackward"
+            reentrant |= type(node).__name__ == "CheckpointFunctionBackward"
 
     masks = [0 if root is None else reached[root.node] for root in roots]
     return Reach(
@@ -117,6 +116,10 @@ def walk(roots: Sequence[Root | None], parameters: Sequence[Tensor] | None) -> R
         others=list(others.values()),
         reentrant=reentrant,
     )
+
+
+def _children(node: Node) -> list[Node]:
+    return [child for child, _ in node.next_functions if child is not None]
 
 
 @dataclass(frozen=True)
@@ -172,6 +175,8 @@ class Bucket:
         self._dtype = dtype.to_real() if self._complex else dtype
         self._device = first.device
         self._sizes = [self._padded(p) for p in self.parameters]
+        # Fused optimizers pair parameter and gradient in memory order, so the strides must be the same.
+        self._strides = [torch.empty_like(p, device="meta").stride() for p in self.parameters]
         self._length = kernels.padded_length(sum(self._sizes))
         self._rows = torch.empty(0, self._length, dtype=self._dtype, device=self._device)
         self._views: list[list[Tensor]] = []
@@ -183,15 +188,16 @@ class Bucket:
         return -(-size // kernels.ALIGN) * kernels.ALIGN
 
     def _split(self, row: Tensor) -> list[Tensor]:
-        """Views of a flat row in the shapes (and for complex ones the dtype) of the parameters."""
+        """Views of a flat row with the shapes and strides (and for complex ones the dtype) of the parameters."""
         views: list[Tensor] = []
         start = 0
-        for parameter, size in zip(self.parameters, self._sizes, strict=True):
+        for parameter, size, strides in zip(
+            self.parameters, self._sizes, self._strides, strict=True
+        ):
+            flat = row.narrow(0, start, size)
             if self._complex:
-                flat = torch.view_as_complex(row[start : start + 2 * parameter.numel()].view(-1, 2))
-            else:
-                flat = row[start : start + parameter.numel()]
-            views.append(flat.view(parameter.shape))
+                flat = torch.view_as_complex(flat.view(-1, 2))
+            views.append(flat.as_strided(parameter.shape, strides))
             start += size
         return views
 
@@ -235,20 +241,24 @@ class Bucket:
         if all(parameter.grad is None for parameter in self.parameters):
             self._result = kernels.combine(weights, rows, self._free_result())
             for parameter, view in zip(self.parameters, self._split(self._result), strict=True):
-                parameter.grad = view
+                parameter.grad = (
+                    view.data
+                )  # as a view it would refuse in-place changes that gradients allow
         elif self._result is not None and self._delivered(self._result):
             kernels.combine(weights, rows, self._result, accumulate=True)
         else:
             update = kernels.combine(weights, rows, torch.empty_like(rows[0]))
             for parameter, view in zip(self.parameters, self._split(update), strict=True):
-                parameter.grad = view if parameter.grad is None else parameter.grad.add_(view)
+                parameter.grad = view.data if parameter.grad is None else parameter.grad.add_(view)
 
     def _delivered(self, result: Tensor) -> bool:
         """Whether every `.grad` still is the view of `result` that was handed out."""
         address = result.data_ptr()
-        for parameter, size in zip(self.parameters, self._sizes, strict=True):
+        for parameter, size, strides in zip(
+            self.parameters, self._sizes, self._strides, strict=True
+        ):
             gradient = parameter.grad
-            if gradient is None or gradient.data_ptr() != address or not gradient.is_contiguous():
+            if gradient is None or gradient.data_ptr() != address or gradient.stride() != strides:
                 return False
             address += size * result.element_size()
         return True

@@ -49,6 +49,11 @@ class GradientSurgery(Optimizer):
         >>> optimizer.step()
 
     Note:
+        The method's state is kept in the base's first parameter group. A base that already carries such a state (a
+        checkpoint was loaded into it) hands it on, and the seed given to a new method has no effect then. A
+        distributed checkpoint of the *bare* optimizer in flattened form lacks these entries: load it into
+        the bare optimizer, then wrap that.
+
         Clip after `backward`: clipping the gradients of each task first would change the direction. A plain
         `.backward()` into the same `.grad` belongs after `optimizer.backward`, or pass its loss as a task.
     """
@@ -71,6 +76,10 @@ class GradientSurgery(Optimizer):
             raise TypeError(
                 "`base_optimizer` must be an instance of torch.optim.Optimizer, such as "
                 f"`torch.optim.AdamW(model.parameters())`. Got {_kind(base_optimizer)}."
+            )
+        if isinstance(base_optimizer, GradientSurgery):
+            raise TypeError(
+                "`base_optimizer` must not be a GradientSurgery itself. Wrap its `base_optimizer`."
             )
         self.base_optimizer = base_optimizer
         self.engine = Engine(
@@ -112,7 +121,7 @@ class GradientSurgery(Optimizer):
         self._synchronise_state()
         loss_scale = None
         parameters = self._parameters()
-        if scaler is not None and scaler.is_enabled():
+        if scaler is not None and scaler.is_enabled() and parameters:
             loss_scale = scaler.scale(torch.ones((), device=parameters[0].device))
         report = self.engine(losses, parameters, retain_graph=retain_graph, loss_scale=loss_scale)
         self._synchronise_state()

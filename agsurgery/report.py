@@ -104,7 +104,7 @@ class SurgeryReport:
 
 def detached_losses(losses: list[Tensor]) -> Tensor:
     """Values of the losses as one vector on the device of the first, in their widest dtype."""
-    dtype = torch.result_type(losses[0], losses[0])
+    device, dtype = losses[0].device, losses[0].dtype
     for loss in losses[1:]:
         dtype = torch.promote_types(dtype, loss.dtype)
-    return torch.stack([loss.detach().to(losses[0].device, dtype) for loss in losses])
+    return torch.stack([loss.to(device, dtype) for loss in losses]).detach()

@@ -79,7 +79,8 @@ def solve(method: Weighting, gramian: Tensor) -> Solution:
     """Weights of any method for one Gramian, never a finite answer to a non-finite question.
 
     Args:
-        method: a `Method`, or any callable from Gramian to weights.
+        method: a `Method`, or any callable from Gramian to weights; with a `solve` like that of a `Method` it may
+            report a scale too.
         gramian: `(K, K)`, float64.
 
     Returns:
@@ -89,10 +90,9 @@ def solve(method: Weighting, gramian: Tensor) -> Solution:
     Raises:
         ValueError: the callable returned another shape than `(K,)`.
     """
-    if isinstance(method, Method):
-        weights, scale = method.solve(gramian)
-    else:
-        weights, scale = method(gramian).to(gramian.dtype), gramian.new_ones(())
+    answer = getattr(method, "solve", None)
+    weights, scale = (method(gramian), gramian.new_ones(())) if answer is None else answer(gramian)
+    weights = weights.to(gramian.dtype)
     if weights.shape != gramian.shape[:1]:
         raise ValueError(
             f"A method must return {gramian.shape[0]} weights for {gramian.shape[0]} tasks. "

@@ -8,6 +8,11 @@ import torch
 from torch import Tensor
 
 
+NOISE = 1e-6
+"""Share of a squared length below which a difference of vectors is what rounding left over, and its direction
+means nothing: the entries of a float32 Gramian are good to about 2e-7."""
+
+
 class Cosines(NamedTuple):
     """`norms` `(K,)`, their reciprocals `(K,)` (0 for a zero row), and the cosine `matrix` `(K, K)`."""
 

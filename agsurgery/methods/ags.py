@@ -6,12 +6,8 @@ import torch
 from torch import Tensor
 
 from agsurgery.methods._base import Reduction, Solution
-from agsurgery.methods._cosine import Cosines, cosines, squared_norm
+from agsurgery.methods._cosine import NOISE, Cosines, cosines, squared_norm
 from agsurgery.methods.pcgrad import PCGrad, pcgrad_weights
-
-NOISE = 1e-6
-"""A projected update whose squared norm is below this share of the squared sum of its parts is what rounding
-left over: float32 Gramians are good to about 2e-7. Its direction means nothing, so it is not stretched."""
 
 
 def norm_restoring_scale(weights: Tensor, split: Cosines, max_scale: float | None) -> Tensor:

@@ -72,4 +72,4 @@ class CAGrad(Method):
         split = cosines(gramian)
         solver = conflict_averse_pair if gramian.shape[0] == 2 else conflict_averse_weights
         weights = solver(split, self.c) / self._divisor
-        return Solution(weights, torch.ones_like(weights[0]))
+        return Solution(weights, weights.new_ones(()))

@@ -29,19 +29,17 @@ def pcgrad_weights(split: Cosines, orders: Tensor | None) -> Tensor:
     tasks = split.norms.shape[0]
     if tasks == 1:
         return torch.ones_like(split.norms)
-    if (
-        tasks == 2
-    ):  # each gradient is projected once, against an untouched one: the order has no effect
-        overlap = split.matrix[0, 1].clamp(max=0)
+    if tasks == 2:
+        # Each gradient is projected once, against an untouched one: the order has no effect.
+        overlap = split.matrix.diagonal(1).clamp(max=0)
         return 1 - overlap * split.norms.flip(0) * split.reciprocals
     assert orders is not None
     change = torch.zeros_like(split.matrix)
-    rows = torch.arange(tasks, device=change.device)
-    for step in range(tasks - 1):
-        against = orders[:, step]
-        columns = split.matrix[against]
-        cosine = columns[rows, rows] + (change * columns).sum(1)
-        change = change.scatter_add(1, against.unsqueeze(1), -cosine.clamp(max=0).unsqueeze(1))
+    own = split.matrix.gather(1, orders)
+    for step, against in enumerate(orders.unbind(1)):
+        columns = split.matrix.index_select(0, against)
+        cosine = own.narrow(1, step, 1) + (change * columns).sum(1, keepdim=True)
+        change.scatter_add_(1, against.unsqueeze(1), cosine.clamp_(max=0).neg_())
     return 1 + (split.norms.unsqueeze(1) * change).sum(0) * split.reciprocals
 
 

@@ -1,0 +1,1 @@
+"""Benchmarks: each file asks one question and prints the answer; see README.md."""

@@ -1,0 +1,84 @@
+"""All steps in order, from one configuration, to a report."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+from .bags import BagsConfig, bags
+from .embed import EmbedConfig, embed
+from .errors import UserError
+from .evaluate import EvaluateConfig, evaluate
+from .manifest import replacing
+from .mil import MilConfig, mil
+from .pretrain import ARMS, PretrainConfig, pretrain
+from .report import ReportConfig, report
+from .synthetic import ABNORMAL_CLASSES, NORMAL_CLASSES, SyntheticConfig, synthetic
+
+_HERE = Path()  # the steps' own `out`: replaced by the run's
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Cells or slides in, report out: every step for every arm.
+
+    Without cells or slides (see the bags options) synthetic cells are drawn, so that nothing needs a download.
+    A run that was interrupted continues where it stopped when the same command is given again.
+    """
+
+    out: Path
+    """Run folder. The report will be OUT/report.html."""
+    arms: tuple[str, ...] = ("random", "sum", "ags")
+    """Pretrainings to compare; see pretrain --help."""
+    synthetic: SyntheticConfig = field(default_factory=lambda: SyntheticConfig(out=_HERE))
+    """Synthetic cells, used when the bags options name neither cells nor slides."""
+    bags: BagsConfig = field(default_factory=lambda: BagsConfig(out=_HERE))
+    """Bags, drawn from cells or taken from slides."""
+    pretrain: PretrainConfig = field(default_factory=lambda: PretrainConfig(out=_HERE))
+    """Pretraining of each arm."""
+    embed: EmbedConfig = field(default_factory=lambda: EmbedConfig(out=_HERE))
+    """Embedding of all bags."""
+    mil: MilConfig = field(default_factory=lambda: MilConfig(out=_HERE))
+    """Attention multiple-instance learning on the embeddings."""
+    evaluate: EvaluateConfig = field(default_factory=lambda: EvaluateConfig(out=_HERE))
+    """Metrics."""
+    report: ReportConfig = field(default_factory=lambda: ReportConfig(out=_HERE))
+    """The report."""
+
+
+def run(config: RunConfig) -> Path:
+    """Carry out all steps; return the path of the report.
+
+    Raises:
+        UserError: a setting or the data do not allow it.
+    """
+    _check(config)
+    out = config.out
+    draw = config.bags
+    if draw.cells is None and draw.slides is None:
+        cells = synthetic(replace(config.synthetic, out=out))
+        draw = replace(draw, cells=cells, normal=NORMAL_CLASSES, positive=ABNORMAL_CLASSES)
+    bags(replace(draw, out=out))
+    _record(config)
+    for arm in config.arms:
+        pretrain(replace(config.pretrain, out=out, arm=arm))
+    embed(replace(config.embed, out=out, arms=config.arms))
+    mil(replace(config.mil, out=out, arms=config.arms))
+    evaluate(replace(config.evaluate, out=out, arms=config.arms))
+    return report(replace(config.report, out=out, arms=config.arms))
+
+
+def _check(config: RunConfig) -> None:
+    """Find what is wrong with the settings before any long work."""
+    unknown = [arm for arm in config.arms if arm not in ARMS]
+    if unknown or not config.arms:
+        raise UserError(f"arms must be some of {', '.join(ARMS)}. Got {', '.join(unknown) or 'none'}.")
+    for name in ("synthetic", "bags", "pretrain", "embed", "mil", "evaluate", "report"):
+        if getattr(config, name).out != _HERE:
+            raise UserError(f"{name}.out must not be set: all steps of a run share the run's own out.")
+
+
+def _record(config: RunConfig) -> None:
+    with replacing(config.out / "run.json") as temporary:
+        temporary.write_text(json.dumps(asdict(config), indent=1, default=str) + "\n", encoding="utf-8")

@@ -42,7 +42,7 @@ from benchmarks._measure import (
     peak_bytes,
     write_json,
 )
-from benchmarks._torchvision import import_torchvision
+from examples.torchvision_import import import_torchvision
 
 RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "torchvision", "torchjd", "pytorch_optimizer", "quadprog", "numpy")

@@ -89,7 +89,9 @@ def test_heads_stay_out_of_the_gramian(model, x):
 
 def test_weighted_heads_receive_their_gradient_times_the_weight_of_the_task(model, x):
     _, plain = explicit(model, x)
-    report = agsurgery.backward(model.losses(x), model.parameters(), lambda g: g.new_tensor([2.0, 3.0]), heads="weighted")
+    report = agsurgery.backward(
+        model.losses(x), model.parameters(), lambda g: g.new_tensor([2.0, 3.0]), heads="weighted"
+    )
     by_name = dict(zip([name for name, _ in model.named_parameters()], plain, strict=True))
     assert report.weights.tolist() == [2.0, 3.0]
     torch.testing.assert_close(model.first.weight.grad, 2 * by_name["first.weight"])
@@ -98,14 +100,26 @@ def test_weighted_heads_receive_their_gradient_times_the_weight_of_the_task(mode
 
 def test_parameters_named_as_shared_are_the_only_ones_in_the_gramian(model, x):
     last = list(model.trunk[2].parameters())
-    rows = [torch.cat([g.flatten() for g in torch.autograd.grad(model.losses(x)[n], last)]) for n in ("up", "down")]
+    rows = [
+        torch.cat([g.flatten() for g in torch.autograd.grad(model.losses(x)[n], last)])
+        for n in ("up", "down")
+    ]
     _, plain = explicit(model, x)
     report = agsurgery.backward(model.losses(x), model.parameters(), "pcgrad", shared=last)
     torch.testing.assert_close(report.gramian[0, 1], rows[0] @ rows[1])
-    torch.testing.assert_close(model.trunk[0].weight.grad, plain[0])  # reached by both, gets the plain sum
+    torch.testing.assert_close(
+        model.trunk[0].weight.grad, plain[0]
+    )  # reached by both, gets the plain sum
 
 
-@pytest.mark.parametrize("form", [lambda d: list(d.values()), lambda d: tuple(d.values()), lambda d: torch.stack(list(d.values()))])
+@pytest.mark.parametrize(
+    "form",
+    [
+        lambda d: list(d.values()),
+        lambda d: tuple(d.values()),
+        lambda d: torch.stack(list(d.values())),
+    ],
+)
 def test_every_form_of_losses_gives_the_same_gradients(model, x, form):
     other = copy.deepcopy(model)
     named = agsurgery.backward(model.losses(x), model.parameters())
@@ -126,7 +140,9 @@ def test_a_stacked_vector_of_losses_still_tells_heads_from_shared_parameters(mod
 
 def test_without_params_all_leaves_that_the_losses_reach_get_a_gradient(model, x):
     agsurgery.backward(model.losses(x))
-    assert all((p.grad is None) == name.startswith("unused") for name, p in model.named_parameters())
+    assert all(
+        (p.grad is None) == name.startswith("unused") for name, p in model.named_parameters()
+    )
 
 
 def test_a_single_loss_gives_its_plain_gradient(model, x):
@@ -142,13 +158,18 @@ def test_a_single_loss_gives_its_plain_gradient(model, x):
 def test_a_constant_loss_is_a_task_without_gradient(model, x):
     twin = copy.deepcopy(model)
     twin.losses(x)["up"].backward()
-    report = agsurgery.backward({"up": model.losses(x)["up"], "absent": torch.zeros(())}, model.parameters())
+    report = agsurgery.backward(
+        {"up": model.losses(x)["up"], "absent": torch.zeros(())}, model.parameters()
+    )
     assert report.tasks == ("up", "absent")
     torch.testing.assert_close(model.trunk[0].weight.grad, twin.trunk[0].weight.grad)
 
 
 def test_a_task_that_reaches_only_part_of_the_shared_parameters_has_zeros_elsewhere(x):
-    a, b = nn.Parameter(torch.ones(3, dtype=torch.float64)), nn.Parameter(torch.ones(3, dtype=torch.float64))
+    a, b = (
+        nn.Parameter(torch.ones(3, dtype=torch.float64)),
+        nn.Parameter(torch.ones(3, dtype=torch.float64)),
+    )
     losses = [(a * b).sum(), (a - 2).square().sum(), -(3 * b).sum()]
     report = agsurgery.backward(losses, [a, b], Sum())
     assert report.gramian[1, 2] == 0
@@ -212,7 +233,10 @@ def test_complex_parameters_use_the_real_inner_product():
     weight = nn.Parameter(torch.randn(4, dtype=torch.complex128))
     target = torch.randn(4, dtype=torch.complex128)
     losses = [(weight - target).abs().square().sum(), weight.abs().square().sum()]
-    rows = [torch.view_as_real(torch.autograd.grad(loss, weight, retain_graph=True)[0]).flatten() for loss in losses]
+    rows = [
+        torch.view_as_real(torch.autograd.grad(loss, weight, retain_graph=True)[0]).flatten()
+        for loss in losses
+    ]
     report = agsurgery.backward(losses, [weight], Sum())
     torch.testing.assert_close(report.gramian, torch.stack(rows) @ torch.stack(rows).T)
     torch.testing.assert_close(torch.view_as_real(weight.grad).flatten(), rows[0] + rows[1])
@@ -222,10 +246,13 @@ def test_mixed_dtypes_share_one_gramian():
     a, b = nn.Parameter(torch.randn(40)), nn.Parameter(torch.randn(40).bfloat16())
     losses = [(a * b.float()).sum(), -(a + b.float()).sum()]
     rows = [
-        torch.cat([g.double() for g in torch.autograd.grad(loss, [a, b], retain_graph=True)]) for loss in losses
+        torch.cat([g.double() for g in torch.autograd.grad(loss, [a, b], retain_graph=True)])
+        for loss in losses
     ]
     report = agsurgery.backward(losses, [a, b], "ags")
-    torch.testing.assert_close(report.gramian, torch.stack(rows) @ torch.stack(rows).T, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        report.gramian, torch.stack(rows) @ torch.stack(rows).T, rtol=1e-5, atol=1e-5
+    )
     assert (a.grad.dtype, b.grad.dtype) == (torch.float32, torch.bfloat16)
 
 
@@ -324,7 +351,8 @@ def refused(case: str) -> None:
         "outside option": lambda: agsurgery.backward([weight.sum()], [weight], outside="warn"),
         "reentrant": lambda: agsurgery.backward([Reentrant()(weight), weight.sum()], [weight]),
         "sparse": lambda: agsurgery.backward(
-            [embedding(torch.tensor([1])).sum(), embedding(torch.tensor([2])).sum()], embedding.parameters()
+            [embedding(torch.tensor([1])).sum(), embedding(torch.tensor([2])).sum()],
+            embedding.parameters(),
         ),
     }
     calls[case]()
@@ -386,6 +414,9 @@ def test_non_reentrant_checkpoints_are_served(x):
     model = TwoHeads()
     rows, _ = explicit(model, x)
     features = checkpoint(model.trunk, x, use_reentrant=False)
-    losses = [(model.first(features) - 3).square().mean(), 4 * (model.second(features) + 2).square().mean()]
+    losses = [
+        (model.first(features) - 3).square().mean(),
+        4 * (model.second(features) + 2).square().mean(),
+    ]
     report = agsurgery.backward(losses, model.parameters())
     torch.testing.assert_close(report.gramian, rows @ rows.T)

@@ -33,7 +33,9 @@ def test_gramian_is_that_of_the_stored_rows(columns, tasks, dtype, tolerance):
 def test_gramian_of_ten_million_columns_keeps_six_digits():
     """A plain float32 product is wrong in the third digit here."""
     rows = torch.rand(2, kernels.padded_length(10_000_000))
-    exact = torch.stack([torch.stack([(a.double() * b.double()).sum() for b in rows]) for a in rows])
+    exact = torch.stack(
+        [torch.stack([(a.double() * b.double()).sum() for b in rows]) for a in rows]
+    )
     assert ((kernels.gramian(rows) - exact) / exact).abs().max() < 1e-6
 
 
@@ -51,7 +53,9 @@ def test_combination_is_the_weighted_sum_of_the_rows(dtype, accumulate):
     out = before.clone()
     kernels.combine(weights, rows, out, accumulate=accumulate)
     expected = weights @ rows.double() + (before.double() if accumulate else 0)
-    torch.testing.assert_close(out.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(
+        out.double(), expected, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps
+    )
 
 
 @pytest.mark.parametrize("poison", [torch.nan, torch.inf])

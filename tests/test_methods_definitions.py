@@ -1,5 +1,6 @@
 """Each method against something independent: explicit vectors, closed forms, published values, a conic solver."""
 
+import itertools
 import math
 
 import pytest
@@ -101,7 +102,8 @@ def test_orders_are_permutations_of_the_other_tasks_and_all_occur():
         orders = random_orders(seed, torch.tensor(draw), 4)
         for task, order in enumerate(orders.tolist()):
             assert sorted(order) == [j for j in range(4) if j != task]
-            counts[task, *order] = counts.get((task, *order), 0) + 1
+            key = (task, *order)
+            counts[key] = counts.get(key, 0) + 1
     assert len(counts) == 4 * 6
     # 600 draws over 6 orders: 100 expected each, standard deviation 9.
     assert all(60 < count < 140 for count in counts.values())
@@ -112,7 +114,7 @@ def test_orders_differ_from_step_to_step_and_repeat_with_the_seed():
     first, again, other = PCGrad(seed=1), PCGrad(seed=1), PCGrad(seed=2)
     run = [first(matrix) for _ in range(4)]
     assert all(torch.equal(a, again(matrix)) for a in run)
-    assert any(not torch.equal(a, b) for a, b in zip(run, run[1:], strict=False))
+    assert any(not torch.equal(a, b) for a, b in itertools.pairwise(run))
     assert any(not torch.equal(a, other(matrix)) for a in run)
 
 

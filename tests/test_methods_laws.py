@@ -90,7 +90,9 @@ def test_relabelling_the_tasks_relabels_the_weights(name, sampler, tasks):
     if tasks not in TABLE[name].permutes:
         pytest.skip("depends on the random order")
     if name == "CAGrad 1" and sampler == "opposite":
-        pytest.skip("every step across the two opposite gradients serves the worst task equally well")
+        pytest.skip(
+            "every step across the two opposite gradients serves the worst task equally well"
+        )
     rows = sample(sampler, tasks)
     order = torch.randperm(tasks)
     update = weights(name, rows) @ rows

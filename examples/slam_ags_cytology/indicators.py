@@ -28,8 +28,10 @@ class Spread:
 
 
 def spread(rows: Tensor) -> Spread:
-    """Spread of `(R, d)` rows, after scaling each to unit length."""
+    """Spread of `(R, d)` rows, after scaling each to unit length; NaN where a row is not finite."""
     units = functional.normalize(rows.detach().float(), dim=1)
+    if not units.isfinite().all():  # a diverged training, and svdvals would raise
+        return Spread(math.nan, math.nan)
     std = float(units.std(0).mean()) * math.sqrt(rows.shape[1])
     shares = torch.linalg.svdvals(units).square()
     shares = shares / shares.sum()

@@ -104,9 +104,15 @@ def load_encoder(path: Path, *, level: str = "encoder") -> tuple[nn.Module, dict
         raise UserError(f"There must be a pretrained encoder at {path}. Found none; run `pretrain` first.")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(content, dict):
+            raise TypeError(f"it holds a {type(content).__name__}")
         model = Pretrained(**{**content["settings"]})
         model.load_state_dict(content["state"])
-    except (KeyError, TypeError, RuntimeError, EOFError, OSError) as error:
-        raise UserError(f"{path} must be an encoder written by `pretrain`. Reading it failed: {error}") from error
+        extra = dict(content["extra"])
+    except Exception as error:  # unpickling bytes that are no pickle raises nearly anything
+        first = (str(error).strip() or "it is empty").splitlines()[0]
+        raise UserError(
+            f"{path} must be an encoder written by `pretrain`. Reading it failed: {type(error).__name__}: {first}"
+        ) from error
     model.eval()
-    return (model.encoder if level == "encoder" else model), dict(content["extra"])
+    return (model.encoder if level == "encoder" else model), extra

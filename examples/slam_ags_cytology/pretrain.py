@@ -115,7 +115,8 @@ def pretrain(config: PretrainConfig) -> Path:
     frame = read_manifest(config.out / "manifest.csv")
     folder = config.out / "pretrain" / config.arm
     target = folder / "encoder.pt"
-    if not _claim(folder, config):
+    settings = _settings(config)
+    if _finished(folder, settings):
         print(f"{target}: kept, it was made with the same settings.")
         return target
     store = open_store(frame["path"], config.patch, config.out)
@@ -134,12 +135,12 @@ def pretrain(config: PretrainConfig) -> Path:
         config.encoder, config.hidden, config.outputs, batch_norm=config.projector_batch_norm
     ).to(config.device)
     _set_statistics(model, store, np.concatenate([side.rows for side in sides]))
+    _claim(folder, settings)
     training = _Training(config, model, store, sides, steps)
     untrained = {"collapsed": False, "weak": False, "reason": "", "steps": 0}
     status = untrained if config.arm == "random" else training.run(folder)
     save_encoder(model, target, arm=config.arm, crop=config.crop, patch=config.patch)
-    with replacing(folder / "status.json") as temporary:
-        temporary.write_text(json.dumps(status, indent=1) + "\n", encoding="utf-8")
+    _write_json(folder / "status.json", {key: _finite_or_none(value) for key, value in status.items()})
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     if status["reason"]:
         print(f"WARNING: pretraining {config.arm} {'COLLAPSED' if status['collapsed'] else 'ended weak'}: {status['reason']}.")
@@ -158,7 +159,7 @@ class _Training:
             model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
         )
         self.balance = _balance(config)
-        self.optimizer = GradientSurgery(base, self.balance)
+        self.optimizer = GradientSurgery(base, Sum() if config.arm == "simclr" else self.balance)
         total, warm = steps * config.epochs, max(1, round(config.warmup * steps * config.epochs))
 
         def factor(step: int) -> float:
@@ -300,7 +301,7 @@ def _describe(report: SurgeryReport) -> dict[str, float]:
 
 
 def _set_statistics(model: Pretrained, store: CellStore, rows: np.ndarray, most: int = 2000) -> None:
-    """Colour mean and spread of training cells (a regular subset of at most `most`)."""
+    """Colour mean and spread of training cells (a regular subset of fewer than twice `most`)."""
     chosen = np.sort(rows)[:: max(1, len(rows) // most)]
     pixels = views.to_float(store.images[chosen])
     model.encoder.mean.copy_(pixels.mean((0, 2, 3)).view(3, 1, 1))
@@ -321,28 +322,55 @@ def _check(config: PretrainConfig) -> None:
             raise UserError(f"{name} must be positive. Got {getattr(config, name)}.")
     if not 0 <= config.warmup < 1:
         raise UserError(f"warmup must be a share of the steps, at least 0 and below 1. Got {config.warmup}.")
+    if not 0 <= config.momentum < 1:
+        raise UserError(f"momentum must be at least 0 and below 1. Got {config.momentum}.")
+    if not config.weight_decay >= 0:
+        raise UserError(f"weight_decay must not be negative. Got {config.weight_decay}.")
+    for name in ("jitter", "stain"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UserError(f"{name} must be a range around 1, between 0 and 1. Got {getattr(config, name)}.")
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"seed must be at least 0 and below 2**32. Got {config.seed}. Use 0, 1, 2, ...")
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"device must be available to torch. Got {config.device!r}: {error}") from error
 
 
-def _claim(folder: Path, config: PretrainConfig) -> bool:
-    """Whether there is work to do in this folder; records the settings that it is for."""
-    settings = {key: str(value) if isinstance(value, Path) else value for key, value in asdict(config).items()}
+def _settings(config: PretrainConfig) -> dict[str, Any]:
+    """All that decides about the result: the configuration without its folder, and the manifest."""
+    settings = asdict(config)
     settings.pop("out")
     settings["manifest"] = hashlib.sha256((config.out / "manifest.csv").read_bytes()).hexdigest()
+    return settings
+
+
+def _finished(folder: Path, settings: dict[str, Any]) -> bool:
+    """Whether the folder holds the result of these very settings; it must not hold that of others."""
     note = folder / "config.json"
-    if note.is_file():
-        found = json.loads(note.read_text(encoding="utf-8"))
-        changed = sorted(key for key in settings if found.get(key) != settings[key])
-        if changed:
-            raise UserError(
-                f"{folder} must belong to a run with the same settings. It differs in {', '.join(changed)}. "
-                "Choose another out, or delete that folder to train again."
-            )
-        return not ((folder / "encoder.pt").is_file() and (folder / "status.json").is_file())
+    if not note.is_file():
+        return False
+    found = json.loads(note.read_text(encoding="utf-8"))
+    changed = sorted(key for key in settings if found.get(key) != settings[key])
+    if changed:
+        raise UserError(
+            f"{folder} must belong to a run with the same settings. It differs in {', '.join(changed)}. "
+            "Choose another out, or delete that folder to train again."
+        )
+    return (folder / "encoder.pt").is_file() and (folder / "status.json").is_file()
+
+
+def _claim(folder: Path, settings: dict[str, Any]) -> None:
+    """Record what the folder is for. Only once nothing is left to refuse: else a corrected setting would differ."""
     folder.mkdir(parents=True, exist_ok=True)
-    with replacing(note) as temporary:
-        temporary.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
-    return True
+    _write_json(folder / "config.json", settings)
+
+
+def _write_json(path: Path, content: dict[str, Any]) -> None:
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+
+
+def _finite_or_none(value: Any) -> Any:
+    """JSON has no NaN: null stands for the loss of a task that an arm lacks, and for a diverged training."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value

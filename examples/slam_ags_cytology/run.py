@@ -34,7 +34,7 @@ class RunConfig:
     synthetic: SyntheticConfig = field(default_factory=lambda: SyntheticConfig(out=_HERE))
     """Synthetic cells, used when the bags options name neither cells nor slides."""
     bags: BagsConfig = field(default_factory=lambda: BagsConfig(out=_HERE))
-    """Bags, drawn from cells or taken from slides."""
+    """Bags, drawn from cells or taken from slides. Of synthetic cells all classes are used, unless named."""
     pretrain: PretrainConfig = field(default_factory=lambda: PretrainConfig(out=_HERE))
     """Pretraining of each arm."""
     embed: EmbedConfig = field(default_factory=lambda: EmbedConfig(out=_HERE))
@@ -58,7 +58,12 @@ def run(config: RunConfig) -> Path:
     draw = config.bags
     if draw.cells is None and draw.slides is None:
         cells = synthetic(replace(config.synthetic, out=out))
-        draw = replace(draw, cells=cells, normal=NORMAL_CLASSES, positive=ABNORMAL_CLASSES)
+        draw = replace(
+            draw,
+            cells=cells,
+            normal=NORMAL_CLASSES if draw.normal == BagsConfig.normal else draw.normal,
+            positive=ABNORMAL_CLASSES if draw.positive == BagsConfig.positive else draw.positive,
+        )
     bags(replace(draw, out=out))
     _record(config)
     for arm in config.arms:
@@ -77,6 +82,10 @@ def _check(config: RunConfig) -> None:
     for name in ("synthetic", "bags", "pretrain", "embed", "mil", "evaluate", "report"):
         if getattr(config, name).out != _HERE:
             raise UserError(f"{name}.out must not be set: all steps of a run share the run's own out.")
+    ignored = [name for name in ("embed", "mil", "evaluate", "report") if getattr(config, name).arms]
+    if ignored or config.pretrain.arm != PretrainConfig.arm:
+        name = f"{ignored[0]}.arms" if ignored else "pretrain.arm"
+        raise UserError(f"{name} must not be set: all steps of a run work on the run's own arms.")
 
 
 def _record(config: RunConfig) -> None:

@@ -5,6 +5,7 @@ import importlib
 import io
 import pkgutil
 import re
+import runpy
 from contextlib import redirect_stdout
 from pathlib import Path
 
@@ -43,3 +44,10 @@ def test_readme_shows_the_output_of_its_example():
     assert number.sub("#", printed.getvalue()).split() == number.sub("#", shown).split()
     values = [[float(n) for n in number.findall(output)] for output in (printed.getvalue(), shown)]
     assert values[0] == pytest.approx(values[1], rel=0.05, abs=0.02)
+
+
+def test_quickstart_prints_both_methods(capsys):
+    runpy.run_module("examples.quickstart", run_name="__main__")
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[0] for line in lines] == ["Sum", "AGS"]
+    assert all("nan" not in line for line in lines)

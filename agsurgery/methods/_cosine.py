@@ -7,7 +7,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-
 NOISE = 1e-6
 """Share of a squared length below which a difference of vectors is what rounding left over, and its direction
 means nothing: the entries of a float32 Gramian are good to about 2e-7."""

@@ -41,7 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         ),
         args=arguments,
     )
-    step = next(function for config_class, function in STEPS.values() if type(config) is config_class)
+    step = next(
+        function for config_class, function in STEPS.values() if type(config) is config_class
+    )
     try:
         print(step(config))
     except UserError as error:

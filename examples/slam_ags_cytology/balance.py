@@ -19,8 +19,8 @@ from torch import Tensor
 class CappedShare:
     r"""Weights of `method` after the second of two gradients was limited to `share` times the length of the first.
 
-    :math:`s = \min(1, \mathrm{share}\,|g_1| / |g_2|)`; the method sees the Gramian of :math:`g_1` and :math:`s g_2`, and
-    its second weight is multiplied by s.
+    :math:`s = \min(1, \mathrm{share}\,|g_1| / |g_2|)`; the method sees the Gramian of :math:`g_1` and :math:`s g_2`,
+    and its second weight is multiplied by s.
 
     Attributes:
         method: a method of agsurgery, for two tasks.
@@ -36,7 +36,9 @@ class CappedShare:
         """What the inner method answers (`weights` and `scale`), in terms of the gradients as they came."""
         first, second = gramian.diagonal().sqrt().unbind()
         shrink = torch.where(second > self.share * first, self.share * first / second, 1.0)
-        factors = torch.stack((torch.ones_like(shrink), shrink if self.active else torch.zeros_like(shrink)))
+        factors = torch.stack(
+            (torch.ones_like(shrink), shrink if self.active else torch.zeros_like(shrink))
+        )
         answer = self.method.solve(gramian * torch.outer(factors, factors))
         return answer._replace(weights=answer.weights * factors)
 

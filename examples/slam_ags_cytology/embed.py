@@ -21,10 +21,12 @@ from torch import nn
 from tqdm import tqdm
 
 from . import networks, views
+from .devices import pick_device
 from .embeddings import UNKNOWN, Bag, bag_path, fingerprints, write_bag
 from .errors import UserError
-from .manifest import portable_path, read_manifest
-from .mil import find_arms, pick_device
+from .files import portable_path
+from .manifest import read_manifest
+from .results import find_arms
 from .store import CellStore, open_store
 
 __all__ = ["EmbedConfig", "embed", "encode"]

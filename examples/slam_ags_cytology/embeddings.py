@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import UserError
-from .manifest import replacing
+from .files import replacing
 
 __all__ = [
     "UNKNOWN",

@@ -1,8 +1,6 @@
 """How well slides are told apart and abnormal cells are found, against chance, over seeds.
 
-Each positive bag is a search: its cells are ranked, and a reader looks at the first K. All figures
-of a ranking are expectations over the order of cells with equal scores. A collapsed encoder gives
-equal scores, and must not profit from the order in which cells happen to be stored.
+Each positive bag is a search: its cells are ranked, and a reader looks at the first K.
 """
 
 from __future__ import annotations
@@ -16,42 +14,14 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import ArrayLike
-from scipy.stats import t as student
-from sklearn.metrics import accuracy_score, balanced_accuracy_score, f1_score, roc_auc_score
 
 from .errors import UserError
-from .manifest import replacing
-from .mil import find_arms, read_fingerprint
+from .files import replacing, write_text
+from .manifest import SPLITS
+from .metrics import BAG_METRICS, RANKINGS, RETRIEVAL_METRICS, bag_metrics, interval, retrieval
+from .results import find_arms, read_result, read_status, seed_folders
 
-__all__ = [
-    "BAG_METRICS",
-    "RANKINGS",
-    "RETRIEVAL_METRICS",
-    "EvaluateConfig",
-    "bag_metrics",
-    "evaluate",
-    "interval",
-    "read_result",
-    "read_status",
-    "retrieval",
-    "seed_folders",
-]
-
-RANKINGS = ("attention", "instance_score", "distance")
-"""Scores that order the cells of a bag, the most suspicious first."""
-
-RETRIEVAL_METRICS = (
-    "recall_at_k",
-    "precision_at_k",
-    "r_precision",
-    "average_precision",
-    "enrichment",
-    "first_positive",
-)
-BAG_METRICS = ("bag_f1", "bag_auroc", "bag_balanced_accuracy", "bag_accuracy")
-
-_SPLITS = ("train", "val", "test")
+__all__ = ["EvaluateConfig", "evaluate"]
 
 
 @dataclass(frozen=True)
@@ -64,118 +34,6 @@ class EvaluateConfig:
     """Pretraining arms to compare. Empty: all that have results."""
     top_k: int | None = None
     """Cells of a bag that a reader looks at. None: as many as the bag has abnormal cells."""
-
-
-def retrieval(scores: ArrayLike, labels: ArrayLike, top_k: int | None = None) -> dict[str, float]:
-    """Figures of merit of one ranked bag with n cells, m of them abnormal.
-
-    - recall_at_k: share of the m abnormal cells among the first K = min(top_k, n).
-    - precision_at_k: share of abnormal cells among the first K.
-    - r_precision: the same at K = m, where recall and precision are equal.
-    - average_precision: mean precision at the ranks of the abnormal cells.
-    - enrichment: precision_at_k over the witness rate m/n; 1 is chance.
-    - first_positive: rank of the first abnormal cell, from 1.
-
-    Args:
-        scores: Score of each cell, (n,), high is suspicious. Equal scores count as a random order,
-            and the result is the expectation over it: constant scores give the exact chance level.
-        labels: 1 abnormal, 0 normal, (n,), both present or all 1.
-        top_k: Cells looked at. None: m.
-
-    Raises:
-        ValueError: If shapes differ, a score is NaN, a label is unknown, or no cell is abnormal.
-
-    Example:
-        >>> found = retrieval([0.9, 0.8, 0.7, 0.1], [1, 0, 1, 0])
-        >>> round(found["average_precision"], 4), found["r_precision"], found["first_positive"]
-        (0.8333, 0.5, 1.0)
-        >>> retrieval([0, 0, 0, 0, 0], [1, 1, 0, 0, 0])["first_positive"]  # (n + 1) / (m + 1)
-        2.0
-    """
-    score, label = np.asarray(scores, float), np.asarray(labels)
-    _check_ranking(score, label, top_k)
-    total, positives = len(score), int(label.sum())
-    # Groups of equal scores in descending order: size, positives, and both before the group.
-    _, group, size = np.unique(-score, return_inverse=True, return_counts=True)
-    hits = np.bincount(group, label, len(size))
-    before, hits_before = np.cumsum(size) - size, np.cumsum(hits) - hits
-
-    def found(k: int) -> float:
-        return float((hits * np.clip(k - before, 0, size) / size).sum())
-
-    k = positives if top_k is None else min(top_k, total)
-    first = int(np.argmax(hits > 0))
-    # At place j of a group of g cells with p positives, a cell is positive with probability p/g,
-    # and then (j-1)(p-1)/(g-1) of the cells before it in the group are expected to be.
-    rank = np.arange(1, total + 1)
-    g, p, s, h = (np.repeat(x, size) for x in (size, hits, before, hits_before))
-    at_rank = p / g * (h + 1 + (rank - s - 1) * (p - 1) / np.maximum(g - 1, 1)) / rank
-    return {
-        "recall_at_k": found(k) / positives,
-        "precision_at_k": found(k) / k,
-        "r_precision": found(positives) / positives,
-        "average_precision": float(at_rank.sum()) / positives,
-        "enrichment": found(k) / k * total / positives,
-        "first_positive": float(before[first] + (size[first] + 1) / (hits[first] + 1)),
-    }
-
-
-def _check_ranking(score: np.ndarray, label: np.ndarray, top_k: int | None) -> None:
-    if score.ndim != 1 or score.shape != label.shape:
-        raise ValueError(
-            f"`scores` and `labels` must be (n,). Got {score.shape} and {label.shape}. "
-            "Pass one bag."
-        )
-    if np.isnan(score).any():
-        raise ValueError(f"`scores` must be numbers. {int(np.isnan(score).sum())} are NaN.")
-    if not np.isin(label, (0, 1)).all() or not label.any():
-        raise ValueError("`labels` must be 0 or 1 with at least one 1. Leave out other bags.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"`top_k` must be at least 1 or None. Got {top_k}.")
-
-
-def bag_metrics(
-    labels: ArrayLike, probabilities: ArrayLike, threshold: ArrayLike
-) -> dict[str, float]:
-    """F1, AUROC, balanced accuracy and accuracy of calling bags positive from the threshold on.
-
-    `bag_f1_all_positive` is the F1 of calling every bag positive, which a useful classifier must
-    beat. AUROC and balanced accuracy are NaN if there are bags of one label only.
-
-    Example:
-        >>> bag_metrics([0, 0, 1, 1], [0.2, 0.6, 0.7, 0.9], 0.5)["bag_accuracy"]
-        0.75
-    """
-    truth, probability = np.asarray(labels), np.asarray(probabilities, float)
-    called = (probability >= np.asarray(threshold, float)).astype(int)
-    both = len(np.unique(truth)) == 2
-    share = float(truth.mean())
-    balanced = float(balanced_accuracy_score(truth, called)) if both else math.nan
-    return {
-        "bag_f1": float(f1_score(truth, called, zero_division=0)),
-        "bag_auroc": float(roc_auc_score(truth, probability)) if both else math.nan,
-        "bag_balanced_accuracy": balanced,
-        "bag_accuracy": float(accuracy_score(truth, called)),
-        "bag_f1_all_positive": 2 * share / (1 + share),
-    }
-
-
-def interval(values: Sequence[float], level: float = 0.95) -> dict[str, float | int | None]:
-    """Mean and t-interval of independent repetitions, NaN left out; no interval below two values.
-
-    Example:
-        >>> interval([1.0, 2.0, 3.0])["mean"], round(interval([1.0, 2.0, 3.0])["high"], 3)
-        (2.0, 4.484)
-    """
-    known = np.asarray([value for value in values if not math.isnan(value)])
-    if not len(known):
-        return {"mean": None, "low": None, "high": None, "n": 0}
-    mean = float(known.mean())
-    if len(known) == 1:
-        return {"mean": mean, "low": None, "high": None, "n": 1}
-    error = float(known.std(ddof=1)) / math.sqrt(len(known))
-    half = float(student.ppf((1 + level) / 2, len(known) - 1)) * error
-    return {"mean": mean, "low": mean - half, "high": mean + half, "n": len(known)}
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -193,7 +51,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         for seed, folder in seed_folders(config.out, arm):
             bags, instances = read_result(folder)
             bags_of[f"{arm}, seed {seed}"] = bags[["bag", "split", "label"]]
-            for split in [name for name in _SPLITS if name in set(bags["split"])]:
+            for split in [name for name in SPLITS if name in set(bags["split"])]:
                 parts = [frame[frame["split"] == split] for frame in (bags, instances)]
                 row = _measure(parts[0], parts[1], config.top_k)
                 rows.append({"arm": arm, "seed": seed, "split": split, **row})
@@ -204,77 +62,9 @@ def evaluate(config: EvaluateConfig) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / "metrics.csv") as part:
         table.to_csv(part, index=False, float_format="%.9g")
-    with replacing(folder / "summary.json") as part:
-        text = json.dumps(summary, indent=2, allow_nan=False)
-        part.write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     print(_text(summary))
     return folder / "summary.json"
-
-
-def seed_folders(out: Path, arm: str) -> list[tuple[int, Path]]:
-    """Seed and folder of each finished training of an arm, all made from the same input."""
-    folders = [path.parent for path in (out / "mil" / arm).glob("seed*/model.pt")]
-    found = sorted((int(path.name[4:]), path) for path in folders if path.name[4:].isdecimal())
-    if len({read_fingerprint(path) for _, path in found}) > 1:
-        raise UserError(
-            f"All seeds of arm {arm!r} must come from the same embeddings and settings. Found "
-            f"several in {out / 'mil' / arm}. Run the mil step for all of them, or delete old ones."
-        )
-    return found
-
-
-def read_result(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables bags.csv and instances.csv of one training, checked.
-
-    Raises:
-        UserError: If a file is missing or damaged, or a score is NaN.
-    """
-    numbers = ("probability", "threshold", *RANKINGS)
-    text = dict.fromkeys(("bag", "split", "path", "class_name"), str)
-    frames = []
-    for name, columns in (("bags.csv", numbers[:2]), ("instances.csv", RANKINGS)):
-        try:
-            frame = pd.read_csv(
-                folder / name,
-                dtype=text,
-                keep_default_na=False,
-                na_values={column: ["", "nan"] for column in columns},
-            )
-            values = frame[list(columns)].to_numpy(float)
-            frame["label"].astype(int)
-        except (OSError, KeyError, ValueError) as error:
-            raise UserError(
-                f"{folder / name} must be a table of the mil step. It could not be read: {error}. "
-                "Delete the folder and run the mil step again."
-            ) from error
-        if not np.isfinite(values).all():
-            raise UserError(
-                f"All scores in {folder / name} must be finite. Found NaN or infinity. "
-                "Delete the folder and run the mil step again."
-            )
-        frames.append(frame)
-    return frames[0], frames[1]
-
-
-def read_status(out: Path, arm: str) -> dict[str, Any] | None:
-    """What the pretrain step says about an arm; None where it left no status.json.
-
-    Raises:
-        UserError: If the file is damaged: a collapse must not go unnoticed.
-    """
-    path = out / "pretrain" / arm / "status.json"
-    if not path.exists():
-        return None
-    try:
-        status = json.loads(path.read_text(encoding="utf-8"))
-        bool(status["collapsed"])
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{path} must say whether pretraining collapsed. It could not be read: {error!r}. "
-            "Run the pretrain step again."
-        ) from error
-    found: dict[str, Any] = status
-    return found
 
 
 def _check_same_bags(bags_of: dict[str, pd.DataFrame]) -> None:
@@ -320,7 +110,7 @@ def _summarise(config: EvaluateConfig, arms: Sequence[str], table: pd.DataFrame)
     measured = [*BAG_METRICS, *(f"{name}_{r}" for r in RANKINGS for name in RETRIEVAL_METRICS)]
     constant = ["bags", "positive_bags", "searched_bags", "witness_rate", "bag_f1_all_positive"]
     constant += [f"{name}_random" for name in RETRIEVAL_METRICS]
-    splits = [name for name in _SPLITS if name in set(table["split"])]
+    splits = [name for name in SPLITS if name in set(table["split"])]
     result: dict[str, Any] = {"top_k": config.top_k, "interval": 0.95, "arms": {}}
     # These depend on the bags alone: any row of a split tells.
     firsts = {split: table[table["split"] == split].iloc[0] for split in splits}

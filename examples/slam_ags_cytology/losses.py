@@ -13,7 +13,8 @@ from torch.nn import functional
 def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
     r"""NT-Xent: each view must find its other view among all views of the batch.
 
-    .. math:: -\frac{1}{2N} \sum_a \log \frac{\exp(u_a \cdot u_{p(a)} / \tau)}{\sum_{k \ne a} \exp(u_a \cdot u_k / \tau)}
+    .. math::
+        -\frac{1}{2N} \sum_a \log \frac{\exp(u_a \cdot u_{p(a)} / \tau)}{\sum_{k \ne a} \exp(u_a \cdot u_k / \tau)}
 
     Args:
         first: `(N, d)` first views.
@@ -29,7 +30,9 @@ def contrastive_loss(first: Tensor, second: Tensor, temperature: float) -> Tenso
     count = first.shape[0]
     rows = functional.normalize(torch.cat((first, second)), dim=1)
     logits = rows @ rows.T / temperature
-    logits = logits.masked_fill(torch.eye(2 * count, dtype=torch.bool, device=rows.device), -torch.inf)
+    logits = logits.masked_fill(
+        torch.eye(2 * count, dtype=torch.bool, device=rows.device), -torch.inf
+    )
     partner = torch.arange(2 * count, device=rows.device).roll(count)
     return functional.cross_entropy(logits, partner)
 

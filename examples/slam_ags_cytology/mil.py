@@ -17,40 +17,33 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from numpy.typing import NDArray
-from sklearn.covariance import LedoitWolf
-from sklearn.metrics import balanced_accuracy_score, roc_auc_score
+from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
+from .attention import GatedAttention, NormalCells
+from .devices import pick_device
 from .embeddings import Bag, read_bags
 from .errors import UserError
-from .manifest import replacing
+from .files import replacing
+from .metrics import choose_threshold
+from .results import find_arms, read_fingerprint
 
-__all__ = [
-    "GatedAttention",
-    "MilConfig",
-    "NormalCells",
-    "choose_threshold",
-    "find_arms",
-    "mil",
-    "pick_device",
-    "read_fingerprint",
-    "train_mil",
-]
-
-Floats = NDArray[np.float64]
+__all__ = ["MilConfig", "mil", "train_mil"]
 
 RECIPE = 1
 """Raised whenever the training changes, so that a result of an older version is made anew."""
+
+
+FEWEST_TO_CHOOSE = 5
+"""Validation bags of each label below which a threshold chosen on them would be chance: then it is 0.5."""
 
 
 @dataclass(frozen=True)
@@ -81,102 +74,6 @@ class MilConfig:
     """cpu, cuda or auto, which takes cuda if there is one."""
 
 
-class GatedAttention(nn.Module):
-    r"""Bag logit by gated attention pooling over a shared hidden layer.
-
-    With standardised features x_i:
-
-    .. math::
-        h_i = \mathrm{ReLU}(W x_i), \quad
-        a = \mathrm{softmax}_i\; w^\top(\tanh(V h_i) \odot \sigma(U h_i)), \quad
-        \mathrm{logit} = c^\top \textstyle\sum_i a_i h_i + b
-
-    References:
-        Ilse, Tomczak, Welling: [Attention-based Deep Multiple Instance
-        Learning](https://arxiv.org/abs/1802.04712), 2018, equation 9.
-    """
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Tensor, std: Tensor, hidden: int = 128, dropout: float = 0.25) -> None:
-        """Make an untrained network.
-
-        Args:
-            mean: Mean of the train features, (d,).
-            std: Their standard deviation, (d,); entries of zero count as one.
-            hidden: Width of h.
-            dropout: Dropout rate on x and h.
-        """
-        super().__init__()
-        self.register_buffer("mean", mean)
-        self.register_buffer("std", torch.where(std > 0, std, torch.ones_like(std)))
-        self.embed = nn.Sequential(
-            nn.Dropout(dropout), nn.Linear(len(mean), hidden), nn.ReLU(), nn.Dropout(dropout)
-        )
-        self.value = nn.Linear(hidden, hidden // 2)
-        self.gate = nn.Linear(hidden, hidden // 2)
-        self.weigh = nn.Linear(hidden // 2, 1)
-        self.classify = nn.Linear(hidden, 1)
-
-    def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Logit of the bag (), attention (n,) that sums to one, logit of each cell alone (n,)."""
-        hidden = self.embed((features - self.mean) / self.std)
-        gated = torch.tanh(self.value(hidden)) * torch.sigmoid(self.gate(hidden))
-        attention = self.weigh(gated).squeeze(1).softmax(0)
-        # The classifier is affine and attention sums to one, so that the logit of the weighted mean
-        # is the weighted mean of the logits.
-        alone = self.classify(hidden).squeeze(1)
-        return attention @ alone, attention, alone
-
-
-class NormalCells:
-    """Distance of standardised embeddings to the cells of slide-negative train bags.
-
-    The Mahalanobis form measures in units of the normal cells' own spread, direction by direction.
-    Their covariance is shrunk towards a multiple of the identity (Ledoit-Wolf), because a few
-    thousand cells in 512 dimensions leave the plain estimate near singular. Abnormal cells take no
-    part in the fit.
-    """
-
-    def __init__(self, normal: Floats, kind: str = "mahalanobis") -> None:
-        """Fit centre and covariance.
-
-        Args:
-            normal: Standardised embeddings of normal cells, (n, d).
-            kind: "mahalanobis" or "euclidean".
-        """
-        self.centre = normal.mean(0)
-        self.precision: Floats | None = None
-        centred = normal - self.centre
-        # Cells that are all the same have no spread to measure in.
-        if kind == "mahalanobis" and centred.any():
-            self.precision = LedoitWolf(assume_centered=True).fit(centred).precision_
-
-    def distance(self, features: Floats) -> Floats:
-        """Distance of each row, (n,)."""
-        away = features - self.centre
-        scaled = away if self.precision is None else away @ self.precision
-        squared: Floats = np.einsum("nd,nd->n", away, scaled)
-        return np.sqrt(np.maximum(squared, 0.0))
-
-
-def find_arms(folder: Path, arms: Sequence[str], pattern: str, step: str) -> tuple[str, ...]:
-    """Arms to work on: those asked for, or all sub-folders of `folder` with a file like `pattern`.
-
-    Raises:
-        UserError: If there are none, or one that was asked for is not there.
-    """
-    there = sorted({path.relative_to(folder).parts[0] for path in folder.glob(f"*/{pattern}")})
-    missing = [arm for arm in arms if arm not in there]
-    if missing or not there:
-        raise UserError(
-            f"{folder} must hold the results of {', '.join(missing) or 'one arm at least'}. "
-            f"Found {', '.join(there) or 'nothing'}. Run the {step} step first, or change `arms`."
-        )
-    return tuple(dict.fromkeys(arms)) or tuple(there)
-
-
 def mil(config: MilConfig) -> Path:
     """Train one classifier per arm and seed, and return the folder OUT/mil.
 
@@ -194,14 +91,14 @@ def mil(config: MilConfig) -> Path:
         wanted = {seed: to for seed, to in folders.items() if not _is_current(to, fingerprint)}
         if not wanted:
             continue
-        check_bags(bags, arm)
+        _check_bags(bags, arm)
         ready = _Prepared(bags, config)
         for seed, folder in tqdm(wanted.items(), desc=f"mil {arm}", unit="seed", disable=None):
             _run_seed(config, ready, seed, folder, fingerprint)
     return config.out / "mil"
 
 
-def check_bags(bags: Sequence[Bag], arm: str) -> None:
+def _check_bags(bags: Sequence[Bag], arm: str) -> None:
     """Refuse bags that cannot train, or choose, a classifier."""
     for split, use in (("train", "to learn from"), ("val", "to choose the epoch and threshold on")):
         labels = sorted({bag.label for bag in bags if bag.split == split})
@@ -249,14 +146,6 @@ def _is_current(folder: Path, fingerprint: str) -> bool:
     return all(path.exists() for path in files) and read_fingerprint(folder) == fingerprint
 
 
-def read_fingerprint(folder: Path) -> str:
-    """Hash of what a training was made from; empty if there is no readable model in the folder."""
-    try:
-        return str(torch.load(folder / "model.pt", weights_only=True)["fingerprint"])
-    except Exception:  # many kinds for a damaged file; all of them mean: not usable
-        return ""
-
-
 class _Prepared:
     """What all seeds of an arm share: tensors, statistics of train cells, distances to normal."""
 
@@ -282,19 +171,6 @@ class _Prepared:
         return [self.tensors[i] for i in at], [self.bags[i].label for i in at]
 
 
-def pick_device(name: str) -> str:
-    """The device to use: `name`, or for auto cuda if there is one, else cpu."""
-    if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(
-            f"`device` must be usable here. Got {name!r}: {error}. Use cpu or auto."
-        ) from error
-    return name
-
-
 def _run_seed(
     config: MilConfig, ready: _Prepared, seed: int, folder: Path, fingerprint: str
 ) -> None:
@@ -303,9 +179,9 @@ def _run_seed(
     scored = _score(model, ready.tensors)
     probabilities = torch.tensor([logit for logit, _, _ in scored]).double().sigmoid().tolist()
     chosen = [i for i, bag in enumerate(ready.bags) if bag.split == "val"]
-    threshold = choose_threshold(
-        [ready.bags[i].label for i in chosen], [probabilities[i] for i in chosen]
-    )
+    labels = [ready.bags[i].label for i in chosen]
+    enough = min(labels.count(0), labels.count(1)) >= FEWEST_TO_CHOOSE
+    threshold = choose_threshold(labels, [probabilities[i] for i in chosen]) if enough else 0.5
     bags = pd.DataFrame(
         {
             "bag": [bag.name for bag in ready.bags],
@@ -412,30 +288,6 @@ def _score(model: GatedAttention, bags: Sequence[Tensor]) -> list[tuple[float, T
     with torch.no_grad():
         outputs = [model(features) for features in bags]
     return [(float(logit), weights.cpu(), alone.cpu()) for logit, weights, alone in outputs]
-
-
-def choose_threshold(labels: Sequence[int], probabilities: Sequence[float]) -> float:
-    """Threshold with the best balanced accuracy on these bags; at or above it a bag is positive.
-
-    Candidates are 0.5 and the middles between neighbouring probabilities. Among equals the one
-    closest to 0.5 wins: the bags must speak for moving away from it.
-
-    Example:
-        >>> choose_threshold([0, 0, 1, 1], [0.1, 0.2, 0.8, 0.9])
-        0.5
-        >>> choose_threshold([0, 0, 1, 1], [0.1, 0.6, 0.8, 0.9])
-        0.7
-    """
-    levels = sorted(set(probabilities))
-    candidates: list[float] = [0.5, *((a + b) / 2 for a, b in pairwise(levels))]
-    values = np.asarray(probabilities)
-
-    def quality(level: float) -> tuple[float, float]:
-        called = (values >= level).astype(int)
-        return float(balanced_accuracy_score(labels, called)), -abs(level - 0.5)
-
-    best: float = max(candidates, key=quality)
-    return round(best, 9)
 
 
 def _instances(ready: _Prepared, scored: list[tuple[float, Tensor, Tensor]]) -> pd.DataFrame:

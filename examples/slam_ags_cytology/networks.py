@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +53,10 @@ def _small() -> tuple[nn.Module, int]:
         nn.ReLU(inplace=True),
         block(widths[0], widths[0]),
     ]
-    for narrow, wide in zip(widths, widths[1:], strict=False):
-        shortcut = nn.Sequential(nn.Conv2d(narrow, wide, 1, stride=2, bias=False), nn.BatchNorm2d(wide))
+    for narrow, wide in pairwise(widths):
+        shortcut = nn.Sequential(
+            nn.Conv2d(narrow, wide, 1, stride=2, bias=False), nn.BatchNorm2d(wide)
+        )
         layers.append(block(narrow, wide, stride=2, downsample=shortcut))
     return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(1)), widths[-1]
 
@@ -62,7 +65,10 @@ def projector(features: int, hidden: int, outputs: int, *, batch_norm: bool) -> 
     """Two-layer perceptron on top of the encoder; the paper's has no BatchNorm and 512 units in both layers."""
     middle: list[nn.Module] = [nn.BatchNorm1d(hidden)] if batch_norm else []
     return nn.Sequential(
-        nn.Linear(features, hidden, bias=not batch_norm), *middle, nn.ReLU(inplace=True), nn.Linear(hidden, outputs)
+        nn.Linear(features, hidden, bias=not batch_norm),
+        *middle,
+        nn.ReLU(inplace=True),
+        nn.Linear(hidden, outputs),
     )
 
 
@@ -73,7 +79,12 @@ class Pretrained(nn.Module):
         super().__init__()
         self.encoder = Encoder(encoder)
         self.projector = projector(self.encoder.features, hidden, outputs, batch_norm=batch_norm)
-        self.settings = {"encoder": encoder, "hidden": hidden, "outputs": outputs, "batch_norm": batch_norm}
+        self.settings = {
+            "encoder": encoder,
+            "hidden": hidden,
+            "outputs": outputs,
+            "batch_norm": batch_norm,
+        }
 
     def forward(self, images: Tensor) -> Tensor:
         """Projector outputs of a batch of images."""
@@ -101,7 +112,9 @@ def load_encoder(path: Path, *, level: str = "encoder") -> tuple[nn.Module, dict
         UserError: no such file, or not one of ours.
     """
     if not path.is_file():
-        raise UserError(f"There must be a pretrained encoder at {path}. Found none; run `pretrain` first.")
+        raise UserError(
+            f"There must be a pretrained encoder at {path}. Found none; run `pretrain` first."
+        )
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
         if not isinstance(content, dict):

@@ -27,10 +27,12 @@ from agsurgery import AGS, CAGrad, GradientSurgery, PCGrad, Sum, SurgeryReport
 from . import views
 from .balance import CappedShare
 from .errors import UserError
+from .files import replacing
 from .indicators import spread, verdict
 from .losses import chance, contrastive_loss, similarity_loss
-from .manifest import check_copies, read_manifest, replacing
+from .manifest import read_manifest
 from .networks import Pretrained, save_encoder
+from .rules import check_copies
 from .store import CellStore, open_store
 
 ARMS = ("random", "simclr", "sum", "ags", "pcgrad", "cagrad")
@@ -122,13 +124,15 @@ def pretrain(config: PretrainConfig) -> Path:
     store = open_store(frame["path"], config.patch, config.out)
     check_copies(frame, store.copies)
     train = frame[frame["split"] == "train"]
-    sides = [_Side(np.unique(store.rows(train.loc[train["label"] == label, "path"]))) for label in (1, 0)]
+    sides = [
+        _Side(np.unique(store.rows(train.loc[train["label"] == label, "path"]))) for label in (1, 0)
+    ]
     steps = round(sum(len(side.rows) for side in sides) / config.batch)
     if steps < 1 or min(len(side.rows) for side in sides) < 2 * steps:
         raise UserError(
             "Every batch must hold at least 2 patches of each side. Found "
-            f"{len(sides[0].rows)} training cells in positive bags and {len(sides[1].rows)} in negative ones for batches "
-            f"of {config.batch}. Draw more bags, or change batch."
+            f"{len(sides[0].rows)} training cells in positive bags and {len(sides[1].rows)} in negative ones for "
+            f"batches of {config.batch}. Draw more bags, or change batch."
         )
     torch.manual_seed(config.seed)
     model = Pretrained(
@@ -140,10 +144,13 @@ def pretrain(config: PretrainConfig) -> Path:
     untrained = {"collapsed": False, "weak": False, "reason": "", "steps": 0}
     status = untrained if config.arm == "random" else training.run(folder)
     save_encoder(model, target, arm=config.arm, crop=config.crop, patch=config.patch)
-    _write_json(folder / "status.json", {key: _finite_or_none(value) for key, value in status.items()})
+    _write_json(
+        folder / "status.json", {key: _finite_or_none(value) for key, value in status.items()}
+    )
     (folder / "checkpoint.pt").unlink(missing_ok=True)
     if status["reason"]:
-        print(f"WARNING: pretraining {config.arm} {'COLLAPSED' if status['collapsed'] else 'ended weak'}: {status['reason']}.")
+        ending = "COLLAPSED" if status["collapsed"] else "ended weak"
+        print(f"WARNING: pretraining {config.arm} {ending}: {status['reason']}.")
     return target
 
 
@@ -151,12 +158,26 @@ class _Training:
     """One pretraining: model, optimizer, schedule and log, saved and restored at epoch ends."""
 
     def __init__(
-        self, config: PretrainConfig, model: Pretrained, store: CellStore, sides: list[_Side], steps: int
+        self,
+        config: PretrainConfig,
+        model: Pretrained,
+        store: CellStore,
+        sides: list[_Side],
+        steps: int,
     ) -> None:
-        self.config, self.model, self.store, self.sides, self.steps = config, model, store, sides, steps
+        self.config, self.model, self.store, self.sides, self.steps = (
+            config,
+            model,
+            store,
+            sides,
+            steps,
+        )
         self.augment = views.RandomViews(config.crop, jitter=config.jitter, stain=config.stain)
         base = torch.optim.SGD(
-            model.parameters(), lr=config.lr, momentum=config.momentum, weight_decay=config.weight_decay
+            model.parameters(),
+            lr=config.lr,
+            momentum=config.momentum,
+            weight_decay=config.weight_decay,
         )
         self.balance = _balance(config)
         self.optimizer = GradientSurgery(base, Sum() if config.arm == "simclr" else self.balance)
@@ -177,7 +198,10 @@ class _Training:
         first = self._restore(folder / "checkpoint.pt")
         self.model.train()
         bar = tqdm(
-            total=config.epochs * self.steps, initial=first * self.steps, desc=f"pretrain {config.arm}", unit="step"
+            total=config.epochs * self.steps,
+            initial=first * self.steps,
+            desc=f"pretrain {config.arm}",
+            unit="step",
         )
         with bar:
             for epoch in range(first, config.epochs):
@@ -207,13 +231,17 @@ class _Training:
 
     def _epoch(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Batches of an epoch; they depend on seed and epoch alone, so that a resumed run sees the same."""
-        torch.manual_seed(1_000_003 * self.config.seed + epoch)  # the views are drawn from torch's generator
+        torch.manual_seed(
+            1_000_003 * self.config.seed + epoch
+        )  # the views are drawn from torch's generator
         generator = np.random.default_rng((self.config.seed, epoch))
         positive, negative = (side.batches(self.steps, generator) for side in self.sides)
         yield from zip(positive, negative, strict=True)
 
     def _step(self, epoch: int, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-        self.balance.active = len(self.log) >= self.config.similarity_start * self.steps * self.config.epochs
+        self.balance.active = (
+            len(self.log) >= self.config.similarity_start * self.steps * self.config.epochs
+        )
         losses, outputs = self._losses(batch)
         self.optimizer.zero_grad()
         report = self.optimizer.backward(losses)
@@ -237,7 +265,10 @@ class _Training:
             outputs = self.model(torch.cat((*positive, *negative)))
             of_positive, of_negative = outputs.split((2 * len(batch[0]), 2 * len(batch[1])))
         else:
-            of_positive, of_negative = self.model(torch.cat(positive)), self.model(torch.cat(negative))
+            of_positive, of_negative = (
+                self.model(torch.cat(positive)),
+                self.model(torch.cat(negative)),
+            )
         losses = {
             "contrastive": contrastive_loss(*of_positive.chunk(2), config.temperature),
             "similarity": similarity_loss(of_negative, config.similarity_temperature),
@@ -259,7 +290,10 @@ class _Training:
         }
         with replacing(folder / "checkpoint.pt") as temporary:
             torch.save(state, temporary)
-        with replacing(folder / "log.csv") as temporary, temporary.open("w", newline="", encoding="utf-8") as file:
+        with (
+            replacing(folder / "log.csv") as temporary,
+            temporary.open("w", newline="", encoding="utf-8") as file,
+        ):
             writer = csv.DictWriter(file, list(self.log[0]))
             writer.writeheader()
             writer.writerows(self.log)
@@ -300,7 +334,9 @@ def _describe(report: SurgeryReport) -> dict[str, float]:
     }
 
 
-def _set_statistics(model: Pretrained, store: CellStore, rows: np.ndarray, most: int = 2000) -> None:
+def _set_statistics(
+    model: Pretrained, store: CellStore, rows: np.ndarray, most: int = 2000
+) -> None:
     """Colour mean and spread of training cells (a regular subset of fewer than twice `most`)."""
     chosen = np.sort(rows)[:: max(1, len(rows) // most)]
     pixels = views.to_float(store.images[chosen])
@@ -314,27 +350,47 @@ def _check(config: PretrainConfig) -> None:
     if not 8 <= config.crop <= config.patch:
         raise UserError(f"crop must be between 8 and patch ({config.patch}). Got {config.crop}.")
     if config.similarity_share is not None and not config.similarity_share > 0:
-        raise UserError(f"similarity_share must be positive, or None. Got {config.similarity_share}.")
+        raise UserError(
+            f"similarity_share must be positive, or None. Got {config.similarity_share}."
+        )
     if not 0 <= config.similarity_start < 1:
-        raise UserError(f"similarity_start must be at least 0 and below 1. Got {config.similarity_start}.")
-    for name in ("epochs", "batch", "lr", "temperature", "similarity_temperature", "hidden", "outputs"):
+        raise UserError(
+            f"similarity_start must be at least 0 and below 1. Got {config.similarity_start}."
+        )
+    for name in (
+        "epochs",
+        "batch",
+        "lr",
+        "temperature",
+        "similarity_temperature",
+        "hidden",
+        "outputs",
+    ):
         if not getattr(config, name) > 0:
             raise UserError(f"{name} must be positive. Got {getattr(config, name)}.")
     if not 0 <= config.warmup < 1:
-        raise UserError(f"warmup must be a share of the steps, at least 0 and below 1. Got {config.warmup}.")
+        raise UserError(
+            f"warmup must be a share of the steps, at least 0 and below 1. Got {config.warmup}."
+        )
     if not 0 <= config.momentum < 1:
         raise UserError(f"momentum must be at least 0 and below 1. Got {config.momentum}.")
     if not config.weight_decay >= 0:
         raise UserError(f"weight_decay must not be negative. Got {config.weight_decay}.")
     for name in ("jitter", "stain"):
         if not 0 <= getattr(config, name) <= 1:
-            raise UserError(f"{name} must be a range around 1, between 0 and 1. Got {getattr(config, name)}.")
+            raise UserError(
+                f"{name} must be a range around 1, between 0 and 1. Got {getattr(config, name)}."
+            )
     if not 0 <= config.seed < 2**32:
-        raise UserError(f"seed must be at least 0 and below 2**32. Got {config.seed}. Use 0, 1, 2, ...")
+        raise UserError(
+            f"seed must be at least 0 and below 2**32. Got {config.seed}. Use 0, 1, 2, ..."
+        )
     try:
         torch.empty(0, device=config.device)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"device must be available to torch. Got {config.device!r}: {error}") from error
+        raise UserError(
+            f"device must be available to torch. Got {config.device!r}: {error}"
+        ) from error
 
 
 def _settings(config: PretrainConfig) -> dict[str, Any]:
@@ -368,7 +424,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _finite_or_none(value: Any) -> Any:

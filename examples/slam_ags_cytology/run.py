@@ -10,7 +10,7 @@ from .bags import BagsConfig, bags
 from .embed import EmbedConfig, embed
 from .errors import UserError
 from .evaluate import EvaluateConfig, evaluate
-from .manifest import replacing
+from .files import replacing
 from .mil import MilConfig, mil
 from .pretrain import ARMS, PretrainConfig, pretrain
 from .report import ReportConfig, report
@@ -78,11 +78,17 @@ def _check(config: RunConfig) -> None:
     """Find what is wrong with the settings before any long work."""
     unknown = [arm for arm in config.arms if arm not in ARMS]
     if unknown or not config.arms:
-        raise UserError(f"arms must be some of {', '.join(ARMS)}. Got {', '.join(unknown) or 'none'}.")
+        raise UserError(
+            f"arms must be some of {', '.join(ARMS)}. Got {', '.join(unknown) or 'none'}."
+        )
     for name in ("synthetic", "bags", "pretrain", "embed", "mil", "evaluate", "report"):
         if getattr(config, name).out != _HERE:
-            raise UserError(f"{name}.out must not be set: all steps of a run share the run's own out.")
-    ignored = [name for name in ("embed", "mil", "evaluate", "report") if getattr(config, name).arms]
+            raise UserError(
+                f"{name}.out must not be set: all steps of a run share the run's own out."
+            )
+    ignored = [
+        name for name in ("embed", "mil", "evaluate", "report") if getattr(config, name).arms
+    ]
     if ignored or config.pretrain.arm != PretrainConfig.arm:
         name = f"{ignored[0]}.arms" if ignored else "pretrain.arm"
         raise UserError(f"{name} must not be set: all steps of a run work on the run's own arms.")
@@ -90,4 +96,6 @@ def _check(config: RunConfig) -> None:
 
 def _record(config: RunConfig) -> None:
     with replacing(config.out / "run.json") as temporary:
-        temporary.write_text(json.dumps(asdict(config), indent=1, default=str) + "\n", encoding="utf-8")
+        temporary.write_text(
+            json.dumps(asdict(config), indent=1, default=str) + "\n", encoding="utf-8"
+        )

@@ -25,8 +25,8 @@ import numpy.typing as npt
 from PIL import Image
 from tqdm import tqdm
 
-from .errors import UserError
-from .manifest import listing, replacing
+from .errors import UserError, listing
+from .files import replacing, write_text
 
 VERSION = 1  # part of the fingerprint: raise it when decoding changes
 WORKERS = 2  # Pillow decodes without holding the interpreter lock
@@ -121,8 +121,7 @@ def open_store(paths: Iterable[str], size: int, folder: str | Path) -> CellStore
         "size": size,
         "copies": [rows for rows in groups.values() if len(rows) > 1],
     }
-    with replacing(note) as temporary:
-        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+    write_text(note, json.dumps(content) + "\n")
     return _attach(names, file, _named(content["copies"], names))
 
 

@@ -12,19 +12,12 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from examples.slam_ags_cytology.bags import (
-    BagsConfig,
-    Cell,
-    apportion,
-    assign_splits,
-    bags,
-    class_of,
-    divide,
-    draw_bags,
-    find_cells,
-)
+from examples.slam_ags_cytology.bags import BagsConfig, bags
+from examples.slam_ags_cytology.cells import Cell, assign_splits, class_of, find_cells
 from examples.slam_ags_cytology.errors import UserError
 from examples.slam_ags_cytology.manifest import SPLITS, read_manifest
+from examples.slam_ags_cytology.sampling import draw_bags
+from examples.slam_ags_cytology.splits import apportion, divide
 
 ROOT = Path("cells")
 

@@ -13,12 +13,11 @@ from hypothesis import strategies as st
 from sklearn.metrics import average_precision_score
 
 from examples.slam_ags_cytology.errors import UserError
-from examples.slam_ags_cytology.evaluate import (
+from examples.slam_ags_cytology.evaluate import EvaluateConfig, evaluate
+from examples.slam_ags_cytology.metrics import (
     RANKINGS,
     RETRIEVAL_METRICS,
-    EvaluateConfig,
     bag_metrics,
-    evaluate,
     interval,
     retrieval,
 )

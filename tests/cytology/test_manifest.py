@@ -9,14 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from examples.slam_ags_cytology.errors import UserError
-from examples.slam_ags_cytology.manifest import (
-    check_copies,
-    listing,
-    read_manifest,
-    replacing,
-    write_manifest,
-)
+from examples.slam_ags_cytology.errors import UserError, listing
+from examples.slam_ags_cytology.files import replacing
+from examples.slam_ags_cytology.manifest import read_manifest, write_manifest
+from examples.slam_ags_cytology.rules import check_copies
 
 HEADER = "path,bag,label,split,instance_label,class_name"
 ROWS = [

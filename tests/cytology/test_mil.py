@@ -9,17 +9,12 @@ import pytest
 import torch
 from sklearn.metrics import average_precision_score, roc_auc_score
 
+from examples.slam_ags_cytology.attention import GatedAttention, NormalCells
 from examples.slam_ags_cytology.embeddings import Bag, bag_path, write_bag
 from examples.slam_ags_cytology.errors import UserError
-from examples.slam_ags_cytology.mil import (
-    GatedAttention,
-    MilConfig,
-    NormalCells,
-    choose_threshold,
-    mil,
-    read_fingerprint,
-    train_mil,
-)
+from examples.slam_ags_cytology.metrics import choose_threshold
+from examples.slam_ags_cytology.mil import MilConfig, mil, train_mil
+from examples.slam_ags_cytology.results import read_fingerprint
 
 FAST = {"epochs": 12, "patience": 10, "lr": 4e-3, "hidden": 32}
 

@@ -318,3 +318,18 @@ def test_report_refuses_results_that_went_away(run):
     shutil.rmtree(run / "mil" / "sum")
     with pytest.raises(UserError, match="must hold the evaluated results"):
         report(ReportConfig(run))
+
+
+def test_arms_stand_in_the_order_that_was_asked_for(tmp_path):
+    asked = ("sum", "random", "ags")
+    make_run(tmp_path, arms=sorted(asked))
+    evaluate(EvaluateConfig(tmp_path, arms=asked))
+    metrics = pd.read_csv(tmp_path / "evaluate" / "metrics.csv")
+    assert tuple(metrics["arm"].unique()) == asked
+    summary = json.loads((tmp_path / "evaluate" / "summary.json").read_text())
+    assert tuple(summary["arms"]) == asked
+    for arms, expected in (((), asked), (("ags", "sum"), ("ags", "sum"))):
+        text = report(ReportConfig(tmp_path, arms=arms)).read_text(encoding="utf-8")
+        assert tuple(re.findall(r'aria-label="Show (\w+)"', text))[: len(expected)] == expected
+        results = pd.read_csv(tmp_path / "results.csv")
+        assert tuple(results["arm"].unique())[1:] == expected  # the first is chance

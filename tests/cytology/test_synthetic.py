@@ -15,13 +15,14 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import roc_auc_score
 from sklearn.preprocessing import StandardScaler
 
+from examples.slam_ags_cytology import drawing
 from examples.slam_ags_cytology import synthetic as module
+from examples.slam_ags_cytology.drawing import draw_cells
 from examples.slam_ags_cytology.errors import UserError
 from examples.slam_ags_cytology.synthetic import (
     ABNORMAL_CLASSES,
     NORMAL_CLASSES,
     SyntheticConfig,
-    draw_cells,
     synthetic,
 )
 
@@ -59,7 +60,7 @@ def test_the_same_seed_draws_the_same_cells_and_another_seed_others(class_name: 
 
 def test_two_calls_draw_what_one_call_draws() -> None:
     """21 and 16 patches end in the middle of a block, 37 do not end where either of them does."""
-    assert module.BLOCK not in (21, 37)
+    assert drawing.BLOCK not in (21, 37)
     shared = generator()
     parts = [draw_cells("MON", count, 64, shared) for count in (21, 16)]
     assert np.array_equal(np.concatenate(parts), draw_cells("MON", 37, 64, generator()))
@@ -67,7 +68,7 @@ def test_two_calls_draw_what_one_call_draws() -> None:
 
 def test_the_size_of_a_block_changes_no_pixel(monkeypatch: pytest.MonkeyPatch) -> None:
     expected = draw_cells("PMO", 9, 64, generator())
-    monkeypatch.setattr(module, "BLOCK", 4)
+    monkeypatch.setattr(drawing, "BLOCK", 4)
     assert np.array_equal(draw_cells("PMO", 9, 64, generator()), expected)
 
 
@@ -137,7 +138,7 @@ def test_an_interrupted_run_continues_to_identical_files(
         real_replace(source, target)
 
     real_replace = os.replace
-    monkeypatch.setattr(module.os, "replace", replace_or_stop)
+    monkeypatch.setattr(os, "replace", replace_or_stop)
     with pytest.raises(KeyboardInterrupt):
         synthetic(broken)
     monkeypatch.undo()

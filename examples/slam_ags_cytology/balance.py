@@ -36,11 +36,10 @@ class CappedShare:
         """What the inner method answers (`weights` and `scale`), in terms of the gradients as they came."""
         first, second = gramian.diagonal().sqrt().unbind()
         shrink = torch.where(second > self.share * first, self.share * first / second, 1.0)
-        factors = torch.stack(
-            (torch.ones_like(shrink), shrink if self.active else torch.zeros_like(shrink))
-        )
+        factors = torch.stack((torch.ones_like(shrink), shrink))
         answer = self.method.solve(gramian * torch.outer(factors, factors))
-        return answer._replace(weights=answer.weights * factors)
+        weights = answer.weights * factors if self.active else gramian.new_tensor([1.0, 0.0])
+        return answer._replace(weights=weights)
 
     def __call__(self, gramian: Tensor) -> Tensor:
         """The `(2,)` weights."""

@@ -184,7 +184,7 @@ def _text(summary: dict[str, Any]) -> str:
         for row in rows
     ]
     collapsed = [
-        f"COLLAPSED: {name}. {arm['reason']} Its figures do not describe a trained encoder."
+        f"COLLAPSED: {name}: {arm['reason'].rstrip('.')}. Its figures do not describe a trained encoder."
         for name, arm in summary["arms"].items()
         if arm["collapsed"]
     ]

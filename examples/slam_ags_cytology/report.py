@@ -89,8 +89,8 @@ def report(config: ReportConfig) -> Path:
         "curves": curves(config.out, arms),
         "thumbs": thumbs,
         "n_shown": config.cells,
-        # A collapsed arm is not what a reader should meet first.
-        "first_arm": min(arms, key=lambda arm: (arm["collapsed"], arm["index"]))["index"],
+        "first_arm": _first_arm(arms, summary),
+        "shared_cells": _shared_cells(config.out),
         "seeds": _range(len(seed_folders(config.out, arm["name"])) for arm in arms),
     }
     environment = jinja2.Environment(
@@ -136,6 +136,25 @@ def _read_summary(config: ReportConfig) -> dict[str, Any]:
         )
     summary["arms"] = {arm: found[arm] for arm in config.arms or found}
     return summary
+
+
+def _first_arm(arms: list[dict[str, Any]], summary: dict[str, Any]) -> int:
+    """Index of the arm whose cells are open at first: the best on validation that did not collapse."""
+    metric = f"average_precision_{summary['default_ranking']}"
+
+    def merit(arm: dict[str, Any]) -> tuple[bool, float, int]:
+        found = summary["arms"][arm["name"]]["metrics"].get("val", {}).get(metric)
+        value = None if found is None else found["mean"]
+        return (not arm["collapsed"], -1.0 if value is None else value, -arm["index"])
+
+    best: int = max(arms, key=merit)["index"]
+    return best
+
+
+def _shared_cells(out: Path) -> bool:
+    """Whether some cell is in several bags of one split."""
+    frame = read_manifest(out / "manifest.csv", training=False, check_files=False)
+    return bool(frame.duplicated(["split", "path"]).any())
 
 
 def _arms(

@@ -209,7 +209,9 @@ def test_apportioned_numbers_add_up_and_are_near_the_shares(
     counts = apportion(total, shares)
     assert sum(counts) == total
     assert all(count == 0 for count, share in zip(counts, shares, strict=True) if share == 0)
-    assert all(abs(n - share * total) <= 1 for n, share in zip(counts, shares, strict=True))
+    # A split whose share is less than one whole gets one all the same, at the cost of the largest.
+    near = 1 if all(share * total >= 1 for share in shares if share) else 2
+    assert all(abs(n - share * total) <= near for n, share in zip(counts, shares, strict=True))
     if total >= 3:
         assert all(count > 0 for count, share in zip(counts, shares, strict=True) if share)
 

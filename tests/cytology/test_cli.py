@@ -103,7 +103,7 @@ def test_the_same_command_again_keeps_all_results(finished, tmp_path, capsys, mo
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     before = contents(out)
-    monkeypatch.setattr("examples.slam_ags_cytology.pretrain._Training.run", None)  # must not train
+    monkeypatch.setattr("examples.slam_ags_cytology.training.Training.run", None)  # must not train
     monkeypatch.setattr("examples.slam_ags_cytology.mil.train_mil", None)
     capsys.readouterr()
     assert main(tiny_run(out)) == 0

@@ -229,7 +229,7 @@ def test_a_collapsed_arm_is_marked_in_the_summary_and_in_print(tmp_path, capsys)
     assert summary["arms"]["sum"]["reason"] == "contrast at chance."
     lines = capsys.readouterr().out.splitlines()
     assert any(line.startswith("sum COLLAPSED ") for line in lines)
-    assert "COLLAPSED: sum. contrast at chance." in lines[-1]
+    assert "COLLAPSED: sum: contrast at chance." in lines[-1]
     assert not any("COLLAPSED" in line for line in lines if line.startswith(("ags", "random")))
 
 

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from examples.slam_ags_cytology import pretrain as module
+from examples.slam_ags_cytology import training as loop
 from examples.slam_ags_cytology.bags import BagsConfig, bags
 from examples.slam_ags_cytology.errors import UserError
 from examples.slam_ags_cytology.indicators import Verdict
@@ -123,7 +124,7 @@ def test_the_random_arm_is_the_untrained_start_of_the_others(out, monkeypatch):
         begun.update({key: value.clone() for key, value in training.model.state_dict().items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Training, "run", remember)
+    monkeypatch.setattr(loop.Training, "run", remember)
     with pytest.raises(KeyboardInterrupt):
         pretrain(tiny(out, arm="ags"))
     torch.testing.assert_close(weights(path), begun, rtol=0, atol=0)
@@ -144,13 +145,13 @@ def test_colours_are_standardised_by_the_training_cells(out):
 @pytest.mark.parametrize("arm", ["ags", "simclr"])
 def test_every_training_cell_is_seen_once_per_epoch_on_its_own_side(out, monkeypatch, arm):
     seen = []
-    original = module._Training._two_views
+    original = loop.Training._two_views
 
     def spy(training, rows):
         seen.append(training.store.paths[row] for row in rows)
         return original(training, rows)
 
-    monkeypatch.setattr(module._Training, "_two_views", spy)
+    monkeypatch.setattr(loop.Training, "_two_views", spy)
     pretrain(tiny(out, arm=arm))
     seen = [[str(path) for path in batch] for batch in seen]
     manifest = pd.read_csv(out / "manifest.csv")
@@ -169,7 +170,7 @@ def test_every_training_cell_is_seen_once_per_epoch_on_its_own_side(out, monkeyp
 
 
 def test_a_side_that_cannot_be_divided_evenly_is_still_seen_as_a_whole():
-    side = module._Side(np.arange(100, 123))
+    side = loop.Side(np.arange(100, 123))
     batches = side.batches(5, np.random.default_rng(0))
     assert sorted(len(batch) for batch in batches) == [4, 4, 5, 5, 5]
     assert sorted(np.concatenate(batches)) == [*range(100, 123)]
@@ -342,7 +343,7 @@ def test_statistics_decide_whether_negative_patches_reach_the_contrastive_loss(
             found.append({name: loss.item() for name, loss in losses.items()})
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(module._Training, "run", probe)
+    monkeypatch.setattr(loop.Training, "run", probe)
     with pytest.raises(KeyboardInterrupt):
         pretrain(tiny(out, statistics=statistics, projector_batch_norm=batch_norm))
     first, second = found
@@ -368,14 +369,14 @@ def test_unlimited_similarity_collapses_and_says_so(out, capsys, seed):
     [((True, False, "R"), "ags COLLAPSED: R."), ((False, True, "R"), "ags ended weak: R.")],
 )
 def test_a_bad_verdict_is_printed_and_stored(out, monkeypatch, capsys, verdict, message):
-    monkeypatch.setattr(module, "verdict", lambda log, chance: Verdict(*verdict))
+    monkeypatch.setattr(loop, "verdict", lambda log, chance: Verdict(*verdict))
     status = status_of(pretrain(tiny(out, epochs=1)))
     assert (status["collapsed"], status["weak"], status["reason"]) == verdict
     assert f"WARNING: pretraining {message}" in capsys.readouterr().out
 
 
 def test_a_good_verdict_prints_no_warning(out, monkeypatch, capsys):
-    monkeypatch.setattr(module, "verdict", lambda log, chance: Verdict(False, False, ""))
+    monkeypatch.setattr(loop, "verdict", lambda log, chance: Verdict(False, False, ""))
     status = status_of(pretrain(tiny(out, epochs=1)))
     assert not status["collapsed"]
     assert "WARNING" not in capsys.readouterr().out
@@ -424,8 +425,8 @@ def test_a_training_that_diverges_ends_as_collapsed(out, capsys, arm):
         ({"stain": 1.5}, r"stain must be a range .* Got 1\.5"),
         ({"seed": -1}, r"seed must be at least 0 .* Got -1"),
         ({"seed": 2**62}, r"seed must be .* below 2\*\*32"),
-        ({"device": "cuda:99"}, r"device must be available to torch\. Got 'cuda:99'"),
-        ({"device": "abacus"}, r"device must be available to torch\. Got 'abacus'"),
+        ({"device": "cuda:99"}, r"`device` must be usable here\. Got 'cuda:99'"),
+        ({"device": "abacus"}, r"`device` must be usable here\. Got 'abacus'"),
         ({"batch": 200}, r"at least 2 patches of each side.* 40 .* 40 .*batches of 200"),
         ({"batch": 3}, r"at least 2 patches of each side.* 40 .* 40 .*batches of 3\. Draw more"),
     ],

@@ -55,7 +55,7 @@ class Engine:
             raise ValueError(f'`outside` must be "error" or "ignore". Got {outside!r}.')
         self.method = resolve(method)
         self.heads: Heads = heads
-        self.shared = None if shared is None else list(shared)
+        self.shared = None if shared is None else _as_tensors(shared, "shared")
         self.outside = outside
         self.report: SurgeryReport | None = None
         self.published: dict[
@@ -84,10 +84,14 @@ class Engine:
         loss_scale: Tensor | None = None,
     ) -> SurgeryReport:
         """Add the combined gradient of `losses` to the `.grad` of `parameters`; see `agsurgery.backward`."""
-        names, values, roots = _read_losses(losses)
+        _refuse_several_processes()
+        with torch.enable_grad():  # views of a loss made under no_grad would have no graph
+            names, values, roots = _read_losses(losses)
         reach = walk(roots, parameters)
         self._check(names, roots, reach)
         parts = split(reach.leaves, None if self.shared is None else {id(p) for p in self.shared})
+        for leaf in {id(leaf): leaf for leaves in reach.leaves for leaf in leaves}.values():
+            _check_parameter(leaf)
         active = self._prepare(parts.shared, len(names))
         with torch.no_grad(), _full_precision(values[0].device):
             own: list[list[Tensor | None]] = []
@@ -112,18 +116,28 @@ class Engine:
         return self.report
 
     def _check(self, names: Sequence[str], roots: Sequence[Root | None], reach: Reach) -> None:
+        if reach.reentrant:
+            raise RuntimeError(
+                "Per-task gradients cannot see through a reentrant checkpoint. Call "
+                "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+            )
         if all(root is None for root in roots):
             raise RuntimeError(
                 "At least one loss must depend on a parameter. None of them has a graph: were they computed "
                 "under `torch.no_grad()`, or detached?"
             )
-        strangers = [leaf for leaf in reach.others if isinstance(leaf, torch.nn.Parameter)]
+        strangers = [
+            leaf
+            for leaf in reach.others
+            if isinstance(leaf, torch.nn.Parameter) and leaf.requires_grad
+        ]
         for name, root, leaves in zip(names, roots, reach.leaves, strict=True):
             if root is not None and not leaves:
                 raise ValueError(
                     f"The loss of task {name!r} must reach at least one of the parameters. It has a graph, but reaches "
                     f"none of them ({len(strangers)} other parameters). Give the optimizer the parameters of this "
-                    "model; sharded ones (FSDP2) are out of reach of per-task gradients."
+                    "model (sharded ones, FSDP2, are out of reach of per-task gradients). For a task that is absent "
+                    "pass `torch.zeros(())`."
                 )
         if strangers and self.outside == "error":
             shapes = ", ".join(str(tuple(leaf.shape)) for leaf in strangers[:5])
@@ -131,11 +145,6 @@ class Engine:
                 f"The losses must reach only parameters that this optimizer holds. They reach {len(strangers)} others "
                 f"(shapes {shapes}{', ...' if len(strangers) > 5 else ''}), which would stay without gradient. "
                 'Add them, freeze them with `requires_grad_(False)`, or pass `outside="ignore"`.'
-            )
-        if reach.reentrant:
-            raise RuntimeError(
-                "Per-task gradients cannot see through a reentrant checkpoint. Call "
-                "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
             )
 
     def _prepare(self, shared: list[Tensor], tasks: int) -> list[Bucket]:
@@ -146,8 +155,6 @@ class Engine:
         # `model.double()` and `model.to(device)` keep the identity of the parameters.
         layout = [(id(p), p.device, gradient_dtype(p), p.shape, p.stride()) for p in shared]
         if layout != self._layout:
-            for parameter in shared:
-                _check_parameter(parameter)
             self._buckets, self._layout = buckets(shared), layout
         for bucket in self._buckets:
             bucket.reserve(tasks)
@@ -205,7 +212,8 @@ def backward(
     Args:
         losses: K scalar losses: list, tuple, dict from task name to loss, or a 1-D tensor. A loss without a graph
             (a constant, such as the zero of an absent task) has a zero gradient. Heads of a 1-D tensor are told from
-            shared parameters only if it comes straight from `torch.stack`.
+            shared parameters only if it comes straight from `torch.stack`; its elements, by index or `unbind`,
+            all seem to reach everything.
         params: leaf tensors to give gradients to. None: all that the losses reach.
         method: an instance such as `AGS()`, a name such as `"cagrad"`, or any callable from a `(K, K)` float64
             Gramian to `(K,)` weights. None: `AGS()`. Pass the same instance in every step if it has a state.
@@ -236,25 +244,28 @@ def backward(
     engine = Engine(
         AGS() if method is None else method, heads=heads, shared=shared, outside=outside
     )
-    unique = None if params is None else list({id(p): p for p in _as_tensors(params)}.values())
+    unique = None
+    if params is not None:
+        tensors = _as_tensors(params, "params")
+        unique = list({id(p): p for p in tensors if p.requires_grad}.values())
     return engine(losses, unique, retain_graph=retain_graph)
 
 
-def _as_tensors(params: Iterable[Tensor]) -> list[Tensor]:
+def _as_tensors(params: Iterable[Tensor], name: str) -> list[Tensor]:
     if isinstance(params, Tensor | torch.nn.Module):
         raise TypeError(
-            f"`params` must be an iterable of tensors, such as `model.parameters()`. Got {type(params).__name__}."
+            f"`{name}` must be an iterable of tensors, such as `model.parameters()`. Got {type(params).__name__}."
         )
     tensors = list(params)
     for i, tensor in enumerate(tensors):
         if not isinstance(tensor, Tensor):
-            raise TypeError(f"`params[{i}]` must be a tensor. Got {type(tensor).__name__}.")
+            raise TypeError(f"`{name}[{i}]` must be a tensor. Got {type(tensor).__name__}.")
         if not tensor.is_leaf:
             raise ValueError(
-                f"`params[{i}]` must be a leaf of the graph. Got the result of {tensor.grad_fn}; "
+                f"`{name}[{i}]` must be a leaf of the graph. Got the result of {tensor.grad_fn}; "
                 "pass the parameters it was computed from."
             )
-    return [tensor for tensor in tensors if tensor.requires_grad]
+    return tensors
 
 
 def _read_losses(losses: Losses) -> tuple[list[str], list[Tensor], list[Root | None]]:
@@ -280,6 +291,8 @@ def _read_losses(losses: Losses) -> tuple[list[str], list[Tensor], list[Root | N
         )
     if not values:
         raise ValueError("`losses` must hold at least one loss. Got none.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"Task names must differ as text. Got {names}.")
     for label, value in zip(labels, values, strict=True):
         if not isinstance(value, Tensor):
             raise TypeError(
@@ -318,10 +331,28 @@ def _check_parameter(parameter: Tensor) -> None:
             "A parameter must not have its optimizer in the backward pass (`_apply_optimizer_in_backward`): per-task "
             "gradients never reach that hook, so the parameter would not be updated. Remove it."
         )
+    if getattr(parameter, "_post_accumulate_grad_hooks", None):
+        raise RuntimeError(
+            "A parameter must not have post-accumulate-grad hooks: per-task gradients never reach them. Remove the "
+            "hook, and act on `.grad` after `backward`."
+        )
     if hasattr(parameter, "placements"):
         raise TypeError(
-            "Shared parameters must be plain tensors. Got a DTensor (FSDP2 or tensor parallel), whose gradients "
+            "Parameters must be plain tensors. Got a DTensor (FSDP2 or tensor parallel), whose gradients "
             "`torch.autograd.grad` does not see."
+        )
+
+
+def _refuse_several_processes() -> None:
+    distributed = torch.distributed
+    if (
+        distributed.is_available()
+        and distributed.is_initialized()
+        and distributed.get_world_size() > 1
+    ):
+        raise RuntimeError(
+            "Surgery must act on the gradients of all processes together, which is not supported yet: each process "
+            "would step on its own batch, and the parameters would drift apart."
         )
 
 
@@ -332,7 +363,6 @@ def _deliver_own(
     for parameter, gradient in zip(parameters, gradients, strict=True):
         if gradient is None:
             continue
-        _check_parameter(parameter)
         gradient = gradient.to(gradient_dtype(parameter))
         if factor is not None:
             gradient = gradient * factor.to(gradient.device, gradient.real.dtype)

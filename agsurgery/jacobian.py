@@ -45,7 +45,8 @@ def stacked_roots(losses: Tensor) -> list[Root | None]:
     would seem to reach everything that any of them reaches, and heads could not be told from shared parameters.
     """
     edge = gradient_root(losses)
-    if edge is not None and edge.node.name() == "StackBackward0":
+    hooked = losses._backward_hooks  # a hook on the vector would be passed by
+    if edge is not None and edge.node.name() == "StackBackward0" and not hooked:
         parents = edge.node.next_functions
         if len(parents) == losses.shape[0]:
             return [None if node is None else GradientEdge(node, index) for node, index in parents]

@@ -54,6 +54,8 @@ class GradientSurgery(Optimizer):
         distributed checkpoint of the *bare* optimizer in flattened form lacks these entries: load it into
         the bare optimizer, then wrap that.
 
+        `.grad` of shared parameters are views of one buffer. Clone one before saving or keeping it alone.
+
         Clip after `backward`: clipping the gradients of each task first would change the direction. A plain
         `.backward()` into the same `.grad` belongs after `optimizer.backward`, or pass its loss as a task.
     """

@@ -32,7 +32,7 @@ class SurgeryReport:
 
     @property
     def norms(self) -> Tensor:
-        """`(K,)` norms of the task gradients."""
+        """`(K,)` norms of the task gradients over the shared parameters (0 for a single task, which shares nothing)."""
         return cosines(self.gramian).norms
 
     @property
@@ -52,7 +52,7 @@ class SurgeryReport:
 
     @property
     def update_norm(self) -> Tensor:
-        """0-d norm of the combined gradient."""
+        """0-d norm of the combined gradient over the shared parameters."""
         return (self.weights @ self.gramian @ self.weights).clamp(min=0).sqrt()
 
     @property

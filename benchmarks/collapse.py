@@ -140,8 +140,9 @@ def main() -> None:
     parser.add_argument("--split-csv", type=Path, help="published split of these cells")
     parser.add_argument("--normal", nargs="+", default=["LYT"])
     parser.add_argument("--positive", nargs="+", default=["BLA"])
+    parser.add_argument("--reuse-normals", action="store_true", help="as in the bags step")
     parser.add_argument("--witness-rate", type=float, default=0.1)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument(
         "--name", default="synthetic", help="of the result: results/collapse_NAME.json"
@@ -164,6 +165,7 @@ def main() -> None:
                     normal=classes[0],
                     positive=classes[1],
                     witness_rate=options.witness_rate,
+                    reuse_normals=options.reuse_normals,
                 )
                 rows.append(measure(setting, draw, options.epochs, seed))
                 print(table(rows[-1:]), flush=True)

@@ -354,6 +354,11 @@ def refused(case: str) -> None:
             [embedding(torch.tensor([1])).sum(), embedding(torch.tensor([2])).sum()],
             embedding.parameters(),
         ),
+        "shared module": lambda: agsurgery.backward([weight.sum()], [weight], shared=embedding),
+        "shared names": lambda: agsurgery.backward(
+            [weight.sum()], [weight], shared=embedding.named_parameters()
+        ),
+        "same names": lambda: agsurgery.backward({1: weight.sum(), "1": weight.sum()}, [weight]),
     }
     calls[case]()
 
@@ -378,6 +383,9 @@ def refused(case: str) -> None:
         ("outside option", ValueError, "Got 'warn'"),
         ("reentrant", RuntimeError, "use_reentrant=False"),
         ("sparse", TypeError, "sparse=False"),
+        ("shared module", TypeError, "`shared` must be an iterable"),
+        ("shared names", TypeError, r"`shared\[0\]` must be a tensor. Got tuple"),
+        ("same names", ValueError, "must differ as text"),
     ],
 )
 def test_wrong_input_is_refused_with_advice(case, error, message):
@@ -420,3 +428,51 @@ def test_non_reentrant_checkpoints_are_served(x):
     ]
     report = agsurgery.backward(losses, model.parameters())
     torch.testing.assert_close(report.gramian, rows @ rows.T)
+
+
+@pytest.mark.parametrize("method", ["ags", "pcgrad", "cagrad", "sum"])
+def test_weighted_heads_are_served_when_nothing_is_shared(method, model, x):
+    agsurgery.backward([model.losses(x)["up"]], model.parameters(), method, heads="weighted")
+    assert model.first.weight.grad.norm() > 0
+
+
+def test_losses_with_one_element_are_served_under_no_grad():
+    weight = nn.Parameter(torch.ones(3))
+    losses = [(2 * weight).sum().reshape(1), (-weight).sum().reshape(1)]
+    with torch.no_grad():
+        agsurgery.backward(losses, [weight], Sum())
+    torch.testing.assert_close(weight.grad, torch.ones(3))
+
+
+@pytest.mark.parametrize("part", ["trunk.0.weight", "first.weight"])
+def test_gradient_hooks_that_would_never_fire_are_refused_before_anything_is_written(
+    model, x, part
+):
+    model.get_parameter(part).register_post_accumulate_grad_hook(lambda parameter: None)
+    with pytest.raises(RuntimeError, match="post-accumulate-grad hooks"):
+        agsurgery.backward(model.losses(x), model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_parameters_frozen_after_the_forward_pass_are_left_out(model, x):
+    losses = model.losses(x)
+    model.trunk.requires_grad_(False)
+    optimizer = GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.1))
+    optimizer.backward(losses)
+    assert model.trunk[0].weight.grad is None
+    assert model.first.weight.grad is not None
+
+
+def test_several_processes_are_refused_rather_than_left_to_drift_apart(model, x, monkeypatch):
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    with pytest.raises(RuntimeError, match="all processes together"):
+        agsurgery.backward(model.losses(x), model.parameters())
+
+
+def test_hooks_on_a_vector_of_losses_are_honoured():
+    weight = nn.Parameter(torch.ones(2))
+    losses = torch.stack([weight.sum(), weight.sum()])
+    losses.register_hook(lambda gradient: gradient * torch.tensor([1.0, 3.0]))
+    agsurgery.backward(losses, [weight], Sum())
+    torch.testing.assert_close(weight.grad, torch.full((2,), 4.0))

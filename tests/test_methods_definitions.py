@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from agsurgery import AGS, CAGrad, PCGrad
+from agsurgery.kernels import gramian
 from agsurgery.methods import resolve, solve
 from agsurgery.methods._conflict_averse import conflict_averse_weights
 from agsurgery.methods._cosine import cosines
@@ -138,6 +139,19 @@ def test_cagrad_is_solved_where_some_combination_of_the_gradients_vanishes(tasks
     torch.testing.assert_close((rows @ update).min(), (rows @ expected).min(), rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.parametrize(("tasks", "rank"), [(3, 1), (4, 2), (8, 4), (32, 8)])
+@pytest.mark.parametrize("c", [0.5, 1.0, 2.0])
+def test_cagrad_stays_in_its_ball_for_dependent_gradients_with_the_rounding_of_float32(
+    tasks, rank, c
+):
+    """The Gramian of dependent float32 gradients is not exactly singular: what is left must not be divided by."""
+    for seed in range(10):
+        rows = low_rank(tasks, rank, seed).float()
+        update = CAGrad(c)(gramian(rows.repeat(1, 16 // rank))) @ rows.double()
+        total = rows.double().sum(0)
+        assert (update - total).norm() <= (1 + 1e-3) * c * total.norm()
+
+
 @pytest.mark.parametrize("scale", [1e-8, 1e-3, 1.0, 1e8])
 def test_cagrad_does_not_fall_back_to_equal_weights_for_small_gradients(scale):
     rows = scale * imbalanced(3, 10.0)
@@ -187,7 +201,8 @@ def test_any_callable_from_gramian_to_weights_is_a_method():
         (lambda: AGS(max_scale=0.0), ValueError, "must be positive, or None"),
         (lambda: AGS(max_scale=math.nan), ValueError, "Got nan"),
         (lambda: PCGrad(reduction="total"), ValueError, '"sum" or "mean"'),
-        (lambda: CAGrad(-1.0), ValueError, "must not be negative"),
+        (lambda: CAGrad(-1.0), ValueError, "finite and not negative"),
+        (lambda: CAGrad(math.inf), ValueError, "finite and not negative"),
         (lambda: CAGrad(rescale="cubic"), ValueError, "Got 'cubic'"),
         (lambda: solve(lambda g: g, torch.eye(2)), ValueError, r"returned shape \(2, 2\)"),
         (lambda: PCGrad().load_state_dict({}), KeyError, "needs the state 'seed'"),

@@ -21,7 +21,7 @@ _STEPS = (
 _SHRINK = 0.2
 _SOLVED = 1e-12  # mean product of slack and multiplier, in units where all data are of order one
 _SMALLEST_GAP = 1e-14
-_RIDGE = 1e-10  # on the cosines: keeps the weights bounded where gradients are linearly dependent
+_RIDGE = NOISE  # on the cosines: bounds the weights where gradients are dependent up to rounding
 
 
 def conflict_averse_weights(split: Cosines, c: float) -> Tensor:
@@ -37,7 +37,7 @@ def conflict_averse_weights(split: Cosines, c: float) -> Tensor:
     present = (split.norms != 0).to(split.norms.dtype)
     mean_norm = squared_norm(present, split).sqrt()  # K |g_0|: K cancels on the scale of the sum
     if c == 0:
-        return present
+        return torch.ones_like(present)
     toward_mean = split.matrix @ split.norms / mean_norm
     # An absent task is kept in the system, so that shapes do not depend on data, but made too costly to choose.
     cost = torch.where(present == 0, 10 * (1 + c), toward_mean)
@@ -46,7 +46,8 @@ def conflict_averse_weights(split: Cosines, c: float) -> Tensor:
     matrix = split.matrix + torch.diag(1 - present + _RIDGE)
     direction = present * _interior_point(cost, matrix, price, c)
     weights = present + c * mean_norm * direction * split.reciprocals
-    return torch.where(mean_norm == 0, present, weights)
+    # The weight of a zero gradient cannot change the update, but a head may be scaled by it.
+    return torch.where((present == 0) | (mean_norm == 0), 1.0, weights)
 
 
 def _interior_point(cost: Tensor, matrix: Tensor, price: Tensor, c: float) -> Tensor:
@@ -90,8 +91,10 @@ def _interior_point(cost: Tensor, matrix: Tensor, price: Tensor, c: float) -> Te
         next_pull = next_pull * (c / (next_pull @ matrix @ next_pull).clamp(min=0).sqrt()).clamp(
             max=1
         )
-        pull = torch.where(done, pull, next_pull)
         dual_step = gap / point - dual - dual / point * step
+        trial = (next_pull + step + dual_step + shift).sum()
+        done = done | (trial - trial != 0)  # rounding broke the step down: stay where we are
+        pull = torch.where(done, pull, next_pull)
         dual = torch.where(done, dual, _keep_positive(dual, dual_step))
         point = torch.where(done, point, _keep_positive(point, step))
         multiplier = torch.where(done, multiplier, multiplier + shift)
@@ -150,4 +153,5 @@ def conflict_averse_pair(split: Cosines, c: float) -> Tensor:
     weights = 1 + torch.where(fits, both, only)
     single = present * (1 + c)  # one task alone, or none
     weights = torch.where(present.all() | torch.isnan(mean_norm), weights, single)
-    return torch.where(mean_norm == 0, present, weights)
+    # The weight of a zero gradient cannot change the update, but a head may be scaled by it.
+    return torch.where((present == 0) | (mean_norm == 0), 1.0, weights)

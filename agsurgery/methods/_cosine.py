@@ -24,7 +24,7 @@ def cosines(gramian: Tensor) -> Cosines:
     r"""Split a Gramian :math:`G = D C D` into row norms :math:`D` and cosines :math:`C`.
 
     A zero row has cosine 0 with every other row, so that an absent task conflicts with nobody; the diagonal
-    is exactly 1 for all other rows. NaN and infinity come out as NaN.
+    is 1 up to rounding for all other rows. NaN and infinity come out as NaN.
     """
     norms = gramian.diagonal().clamp(min=0).sqrt()
     reciprocals = torch.where(norms == 0, 0.0, norms.reciprocal())

@@ -7,8 +7,12 @@ and its whole state is two integers that fit in a checkpoint.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
+
+from agsurgery.methods._base import Method, Reduction
 
 # SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014), as signed integers.
 _GAMMA = 0x9E3779B97F4A7C15 - 2**64
@@ -45,3 +49,24 @@ def random_orders(seed: Tensor, draw: Tensor, tasks: int) -> Tensor:
     # Only the upper bits decide, so that the largest key is free to put each task itself last.
     keys = _shift_right(keys, 1).fill_diagonal_(2**63 - 1)
     return keys.argsort(dim=1).narrow(1, 0, tasks - 1)
+
+
+class RandomlyOrdered(Method):
+    """Base of the methods that take the tasks in random order; their state is the seed and a counter."""
+
+    def __init__(self, *, seed: int = 0, reduction: Reduction = "sum") -> None:
+        super().__init__(reduction=reduction)
+        self._seed = torch.tensor(seed, dtype=torch.int64)
+        self._draws = torch.zeros((), dtype=torch.int64)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Seed and number of the random orders drawn so far (0-d int64)."""
+        return {"seed": self._seed, "draws": self._draws}
+
+    def _orders(self, gramian: Tensor) -> Tensor | None:
+        if gramian.shape[0] < 3:
+            return None
+        if self._draws.device != gramian.device:
+            self._seed, self._draws = self._seed.to(gramian.device), self._draws.to(gramian.device)
+        self._draws.add_(1)
+        return random_orders(self._seed, self._draws, gramian.shape[0])

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from agsurgery.methods._base import Reduction, Solution
 from agsurgery.methods._cosine import NOISE, Cosines, cosines, squared_norm
-from agsurgery.methods.pcgrad import PCGrad, pcgrad_weights
+from agsurgery.methods._random import RandomlyOrdered
+from agsurgery.methods.pcgrad import pcgrad_weights
 
 
 def norm_restoring_scale(weights: Tensor, split: Cosines, max_scale: float | None) -> Tensor:
@@ -28,7 +29,7 @@ def norm_restoring_scale(weights: Tensor, split: Cosines, max_scale: float | Non
     return scale if max_scale is None else scale.clamp(max=max_scale)
 
 
-class AGS(PCGrad):
+class AGS(RandomlyOrdered):
     r"""Adaptive gradient surgery: :math:`w = s\, w_{\mathrm{PCGrad}}`, :math:`s = |\sum_i g_i| / |\sum_i g_i'|`.
 
     PCGrad removes the conflict but changes the length of the step: two gradients of equal norm at cosine -0.9
@@ -39,8 +40,9 @@ class AGS(PCGrad):
     exactly, when no two gradients conflict; for two tasks it opposes neither.
 
     Note:
-        **Two tasks of equal norm: AGS equals the plain sum exactly**, at any cosine, since PCGrad is then a
-        multiple of the sum. AGS changes the direction only as far as the norms differ.
+        **Two tasks of equal norm: AGS equals the plain sum exactly**, since PCGrad is then a multiple of the sum. AGS
+        changes the direction only as far as the norms differ. (What exactly opposite gradients leave is rounding
+        noise, and is not rescaled.)
 
         Under Adam, a constant factor on the gradient cancels, so AGS differs from PCGrad there only as far as `s`
         varies from step to step. It matters most under SGD.

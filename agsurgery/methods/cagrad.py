@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from torch import Tensor
 
 from agsurgery.methods._base import Method, Reduction, Solution
@@ -31,14 +33,15 @@ class CAGrad(Method):
         reduction: see `Method`. The paper's step has the scale of the mean; `"sum"` multiplies it by K.
 
     Raises:
-        ValueError: `c` is negative or `rescale` is unknown.
+        ValueError: `c` is negative or not finite, or `rescale` is unknown.
 
     Note:
         The problem is solved on the cosines and row norms, never on raw gradients, so that its answer does
         not change when all losses are multiplied by a constant. Official and derived code hands the raw problem to a
         general solver with an absolute tolerance; for small gradients that returns equal weights. A task with a
         zero gradient is left out, also of the mean. When some convex combination of the gradients vanishes the
-        quotient above is 0/0; the limit of the interior-point path is taken, whose step still is optimal.
+        quotient above is 0/0; the limit of the interior-point path is taken, whose step is optimal up to about 1e-3 of the mean gradient: more
+        digits would make it unbounded under the rounding of a float32 Gramian.
 
     Example:
         >>> import torch
@@ -58,8 +61,8 @@ class CAGrad(Method):
         reduction: Reduction = "sum",
     ) -> None:
         super().__init__(reduction=reduction)
-        if not c >= 0:
-            raise ValueError(f"`c` must not be negative. Got {c}.")
+        if not 0 <= c < math.inf:
+            raise ValueError(f"`c` must be finite and not negative. Got {c}.")
         divisors = {"none": 1.0, "quadratic": 1 + c * c, "linear": 1 + c}
         if rescale not in divisors:
             raise ValueError(f"`rescale` must be one of {sorted(divisors)}. Got {rescale!r}.")

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 from torch import Tensor
 
-from agsurgery.methods._base import Method, Reduction, Solution
+from agsurgery.methods._base import Solution
 from agsurgery.methods._cosine import Cosines, cosines
-from agsurgery.methods._random import random_orders
+from agsurgery.methods._random import RandomlyOrdered
 
 
 def pcgrad_weights(split: Cosines, orders: Tensor | None) -> Tensor:
@@ -43,7 +41,7 @@ def pcgrad_weights(split: Cosines, orders: Tensor | None) -> Tensor:
     return 1 + (split.norms.unsqueeze(1) * change).sum(0) * split.reciprocals
 
 
-class PCGrad(Method):
+class PCGrad(RandomlyOrdered):
     r"""Projecting conflicting gradients, summed over the tasks.
 
     For each task i, :math:`g_i' = g_i`; then for each other j in random order, if
@@ -72,24 +70,7 @@ class PCGrad(Method):
         Yu et al., [Gradient Surgery for Multi-Task Learning](https://arxiv.org/abs/2001.06782), 2020, Algorithm 1.
     """
 
-    def __init__(self, *, seed: int = 0, reduction: Reduction = "sum") -> None:
-        super().__init__(reduction=reduction)
-        self._seed = torch.tensor(seed, dtype=torch.int64)
-        self._draws = torch.zeros((), dtype=torch.int64)
-
-    def state(self) -> Mapping[str, Tensor]:
-        """Seed and number of the random orders drawn so far (0-d int64)."""
-        return {"seed": self._seed, "draws": self._draws}
-
     def _solve_sum(self, gramian: Tensor) -> Solution:
         return Solution(
             pcgrad_weights(cosines(gramian), self._orders(gramian)), gramian.new_ones(())
         )
-
-    def _orders(self, gramian: Tensor) -> Tensor | None:
-        if gramian.shape[0] < 3:
-            return None
-        if self._draws.device != gramian.device:
-            self._seed, self._draws = self._seed.to(gramian.device), self._draws.to(gramian.device)
-        self._draws.add_(1)
-        return random_orders(self._seed, self._draws, gramian.shape[0])

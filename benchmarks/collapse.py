@@ -99,9 +99,10 @@ def measure(setting: Setting, draw: BagsConfig, epochs: int, seed: int) -> dict[
             "contrastive": float(tail["loss_contrastive"].mean()),
             "chance": status["chance"],
             "effective_rank": float(tail["effective_rank"].mean()),
-            "norm_ratio": float((tail["norm_similarity"] / tail["norm_contrastive"]).mean()),
-            "cosine": float(tail["cosine"].mean()),
         }
+        if setting.arm != "simclr":  # which has one objective only
+            row["norm_ratio"] = float((tail["norm_similarity"] / tail["norm_contrastive"]).mean())
+            row["cosine"] = float(tail["cosine"].mean())
     return row | {"average_precision": ranking(encoder_path, config)}
 
 

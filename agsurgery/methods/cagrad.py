@@ -40,8 +40,9 @@ class CAGrad(Method):
         not change when all losses are multiplied by a constant. Official and derived code hands the raw problem to a
         general solver with an absolute tolerance; for small gradients that returns equal weights. A task with a
         zero gradient is left out, also of the mean. When some convex combination of the gradients vanishes the
-        quotient above is 0/0; the limit of the interior-point path is taken, whose step is optimal up to about 1e-3 of the mean gradient: more
-        digits would make it unbounded under the rounding of a float32 Gramian.
+        quotient above is 0/0; the limit of the interior-point path is taken, whose
+        step is optimal up to about 1e-3 of the mean gradient: more digits would make it unbounded under the rounding
+        of a float32 Gramian.
 
     Example:
         >>> import torch

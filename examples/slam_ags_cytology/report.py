@@ -139,13 +139,14 @@ def _read_summary(config: ReportConfig) -> dict[str, Any]:
 
 
 def _first_arm(arms: list[dict[str, Any]], summary: dict[str, Any]) -> int:
-    """Index of the arm whose cells are open at first: the best on validation that did not collapse."""
+    """Index of the arm whose cells are open at first: trained, not collapsed, and best on validation."""
     metric = f"average_precision_{summary['default_ranking']}"
 
-    def merit(arm: dict[str, Any]) -> tuple[bool, float, int]:
+    def merit(arm: dict[str, Any]) -> tuple[bool, bool, float, int]:
         found = summary["arms"][arm["name"]]["metrics"].get("val", {}).get(metric)
         value = None if found is None else found["mean"]
-        return (not arm["collapsed"], -1.0 if value is None else value, -arm["index"])
+        merit = -1.0 if value is None else value
+        return (not arm["collapsed"], arm["name"] != "random", merit, -arm["index"])
 
     best: int = max(arms, key=merit)["index"]
     return best

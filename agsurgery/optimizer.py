@@ -27,14 +27,14 @@ class GradientSurgery(Optimizer):
     loads into the wrapper and back.
 
     Args:
-        base_optimizer: any instance of `torch.optim.Optimizer`.
+        optimizer: any instance of `torch.optim.Optimizer`, afterwards found as `base_optimizer`.
         method: how the task gradients are combined; see `agsurgery.backward`. None: `AGS()`.
         heads: see `agsurgery.backward`.
         shared: see `agsurgery.backward`.
         outside: see `agsurgery.backward`.
 
     Raises:
-        TypeError: `base_optimizer` is not an instance of `torch.optim.Optimizer`.
+        TypeError: `optimizer` is not an instance of `torch.optim.Optimizer`, or is a `GradientSurgery` itself.
         ValueError: unknown method or option.
 
     Example:
@@ -66,7 +66,7 @@ class GradientSurgery(Optimizer):
 
     def __init__(
         self,
-        base_optimizer: Optimizer,
+        optimizer: Optimizer,
         method: str | Weighting | None = None,
         *,
         heads: Heads = "own",
@@ -74,16 +74,16 @@ class GradientSurgery(Optimizer):
         outside: Literal["error", "ignore"] = "error",
     ) -> None:
         # `Optimizer.__init__` is not called: it would make param groups and state of its own, which go stale.
-        if not isinstance(base_optimizer, Optimizer):
+        if not isinstance(optimizer, Optimizer):
             raise TypeError(
-                "`base_optimizer` must be an instance of torch.optim.Optimizer, such as "
-                f"`torch.optim.AdamW(model.parameters())`. Got {_kind(base_optimizer)}."
+                "`optimizer` must be an instance of torch.optim.Optimizer, such as "
+                f"`torch.optim.AdamW(model.parameters())`. Got {_kind(optimizer)}."
             )
-        if isinstance(base_optimizer, GradientSurgery):
+        if isinstance(optimizer, GradientSurgery):
             raise TypeError(
-                "`base_optimizer` must not be a GradientSurgery itself. Wrap its `base_optimizer`."
+                "`optimizer` must not be a GradientSurgery itself. Wrap its `base_optimizer`."
             )
-        self.base_optimizer = base_optimizer
+        self.base_optimizer = optimizer
         self.engine = Engine(
             AGS() if method is None else method, heads=heads, shared=shared, outside=outside
         )

@@ -316,3 +316,9 @@ def test_surgery_through_a_proxy_of_our_class_changes_the_real_wrapper():
     assert proxy.report is optimizer.report is not None
     assert optimizer.method.state()["draws"] == 3
     assert set(vars(proxy)) == {"_optimizer"}
+
+
+def test_a_wrapper_is_not_wrapped_again():
+    inner = GradientSurgery(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    with pytest.raises(TypeError, match="must not be a GradientSurgery itself"):
+        GradientSurgery(inner)

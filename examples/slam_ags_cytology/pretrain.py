@@ -94,7 +94,8 @@ def _set_statistics(
 def _settings(config: PretrainConfig) -> dict[str, Any]:
     """All that decides about the result: the configuration without its folder, and the manifest."""
     settings = asdict(config)
-    settings.pop("out")
+    for place in ("out", "device"):  # where it runs, not what it is
+        settings.pop(place)
     settings["manifest"] = hashlib.sha256((config.out / "manifest.csv").read_bytes()).hexdigest()
     return settings
 

@@ -37,7 +37,7 @@ RECIPE = 1
 
 @dataclass(frozen=True)
 class EmbedConfig:
-    """Which features of the cells are stored."""
+    """Embed the cells of every bag with the pretrained encoders: OUT/embed."""
 
     out: Path
     """Run folder; reads manifest.csv and OUT/pretrain/ARM/encoder.pt, writes OUT/embed/ARM."""

@@ -26,7 +26,7 @@ __all__ = ["EvaluateConfig", "evaluate"]
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """What is measured."""
+    """Measure how well slides were called and cells were found: OUT/evaluate."""
 
     out: Path
     """Run folder; reads OUT/mil/ARM/seedK, writes OUT/evaluate."""

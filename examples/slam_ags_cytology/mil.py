@@ -48,7 +48,7 @@ FEWEST_TO_CHOOSE = 5
 
 @dataclass(frozen=True)
 class MilConfig:
-    """How bags are classified."""
+    """Train attention MIL on the embedded bags: OUT/mil."""
 
     out: Path
     """Run folder; reads OUT/embed/ARM, writes OUT/mil/ARM/seedK."""

@@ -44,7 +44,7 @@ _CELL_NAMES = {
 
 @dataclass(frozen=True)
 class ReportConfig:
-    """What the page shows."""
+    """Write the results as one page: OUT/report.html."""
 
     out: Path
     """Run folder; reads the results of all steps, writes OUT/report.html and OUT/results.csv."""

@@ -32,7 +32,7 @@ CHUNK = 64
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """What to draw, and where to."""
+    """Draw synthetic cells into OUT/cells, one folder per class."""
 
     out: Path
     """Run folder; the patches go to OUT/cells/CLASS/CLASS_00001.png."""

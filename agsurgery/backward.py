@@ -58,9 +58,8 @@ class Engine:
         self.shared = None if shared is None else _as_tensors(shared, "shared")
         self.outside = outside
         self.report: SurgeryReport | None = None
-        self.published: dict[
-            str, Tensor
-        ] = {}  # state entries as the optimizer last put them in its groups
+        # State entries as the optimizer last put them in its groups.
+        self.published: dict[str, Tensor] = {}
         self._buckets: list[Bucket] = []
         self._layout: list[Any] = []
         self._place: dict[int, tuple[Bucket, int]] = {}
@@ -100,7 +99,7 @@ class Engine:
                 keep = retain_graph or reach.retain[task]
                 start = torch.ones_like(value) if loss_scale is None else loss_scale.to(value)
                 gradients = () if root is None else _gradients(root, leaves, start, keep)
-                own.append(self._write_rows(task, leaves, gradients))
+                own.append(self._write_rows(active, task, leaves, gradients))
             gramian = _gramian(active, len(names), values[0].device)
             weights, scale = solve(self.method, gramian)
             for bucket in active:
@@ -149,30 +148,34 @@ class Engine:
 
     def _prepare(self, shared: list[Tensor], tasks: int) -> list[Bucket]:
         """Storage for this step; kept from the last one as long as the same parameters are shared."""
-        self._place = {}
         if not shared:
             return []  # but keep the storage: a batch without one of two tasks shares nothing
         # `model.double()` and `model.to(device)` keep the identity of the parameters.
         layout = [(id(p), p.device, gradient_dtype(p), p.shape, p.stride()) for p in shared]
         if layout != self._layout:
             self._buckets, self._layout = buckets(shared), layout
+            self._place = {
+                id(parameter): (bucket, position)
+                for bucket in self._buckets
+                for position, parameter in enumerate(bucket.parameters)
+            }
         for bucket in self._buckets:
             bucket.reserve(tasks)
-            for position, parameter in enumerate(bucket.parameters):
-                self._place[id(parameter)] = (bucket, position)
         return self._buckets
 
     def _write_rows(
-        self, task: int, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]
+        self,
+        active: Sequence[Bucket],
+        task: int,
+        leaves: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
     ) -> list[Tensor | None]:
-        """Write row `task` of the shared parameters; return the gradients of the loss's own ones."""
+        """Write row `task` of the active buckets; return the gradients of the loss's own parameters."""
         own: list[Tensor | None] = []
         # A constant loss reaches no leaf, and writes rows of zeros.
-        rows: dict[Bucket, dict[int, Tensor]] = {
-            bucket: {} for bucket in self._buckets if self._place
-        }
+        rows: dict[Bucket, dict[int, Tensor]] = {bucket: {} for bucket in active}
         for leaf, gradient in zip(leaves, gradients, strict=True):
-            if id(leaf) not in self._place:
+            if not active or id(leaf) not in self._place:
                 own.append(gradient)
             elif gradient is not None:
                 bucket, position = self._place[id(leaf)]

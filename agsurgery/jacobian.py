@@ -67,9 +67,8 @@ def walk(roots: Sequence[Root | None], parameters: Sequence[Tensor] | None) -> R
     position = {id(leaf): i for i, leaf in enumerate(found)}
     others: dict[int, Tensor] = {}
     reached: dict[Node, int] = {}  # the leaves below a node, as a bit mask over `found`
-    owner: dict[
-        Node, int
-    ] = {}  # the first loss that came by, for nodes that may hold saved tensors
+    # The first loss that came by, for nodes that may hold saved tensors.
+    owner: dict[Node, int] = {}
     group = list(range(len(roots)))  # equal labels: losses joined by common nodes
     reentrant = False
 
@@ -242,9 +241,8 @@ class Bucket:
         if all(parameter.grad is None for parameter in self.parameters):
             self._result = kernels.combine(weights, rows, self._free_result())
             for parameter, view in zip(self.parameters, self._split(self._result), strict=True):
-                parameter.grad = (
-                    view.data
-                )  # as a view it would refuse in-place changes that gradients allow
+                # As a view it would refuse in-place changes that gradients allow.
+                parameter.grad = view.data
         elif self._result is not None and self._delivered(self._result):
             kernels.combine(weights, rows, self._result, accumulate=True)
         else:

@@ -191,9 +191,8 @@ class GradientSurgery(Optimizer):
     def __getattr__(self, name: str) -> Any:
         # Only for names not found here: `train` and `eval` of schedule-free optimizers, for instance.
         if name == "base_optimizer" or (name.startswith("__") and name.endswith("__")):
-            raise AttributeError(
-                name
-            )  # not yet set, while unpickling: looking it up on the base would recurse
+            # Not yet set, while unpickling: looking it up on the base would recurse.
+            raise AttributeError(name)
         return getattr(self.base_optimizer, name)
 
     @overload

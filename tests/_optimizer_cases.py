@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -20,6 +21,7 @@ BASES: dict[str, Make] = {
     "rmsprop": lambda params: torch.optim.RMSprop(params, lr=0.01),
     "adagrad": lambda params: torch.optim.Adagrad(params, lr=0.05),
 }
+every_base = pytest.mark.parametrize("base", BASES)
 
 
 class FourTasks(nn.Module):

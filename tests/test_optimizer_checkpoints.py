@@ -22,6 +22,7 @@ from agsurgery import AGS, CAGrad, GradientSurgery, PCGrad
 from tests._optimizer_cases import (
     BASES,
     FourTasks,
+    every_base,
     make,
     same,
     step_with_given_gradients,
@@ -29,7 +30,6 @@ from tests._optimizer_cases import (
     values,
 )
 
-every_base = pytest.mark.parametrize("base", BASES)
 every_random_method = pytest.mark.parametrize("method", [PCGrad, AGS])
 
 

@@ -14,6 +14,7 @@ from agsurgery import AGS, GradientSurgery, PCGrad, unwrap
 from tests._optimizer_cases import (
     BASES,
     FourTasks,
+    every_base,
     losses,
     make,
     same,
@@ -32,8 +33,6 @@ VARIANTS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {
     "adagrad_fused": lambda params: torch.optim.Adagrad(params, lr=0.05, fused=True),
     "rmsprop_foreach": lambda params: torch.optim.RMSprop(params, lr=0.01, foreach=True),
 }
-
-every_base = pytest.mark.parametrize("base", BASES)
 
 
 # -- the same object in all but name ---------------------------------------------------------------

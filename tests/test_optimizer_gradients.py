@@ -11,10 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from agsurgery import GradientSurgery
-from tests._optimizer_cases import BASES, FourTasks, losses, make, same, train
-
-every_base = pytest.mark.parametrize("base", BASES)
-
+from tests._optimizer_cases import FourTasks, every_base, losses, make, same, train
 
 # -- gradients that the user keeps -----------------------------------------------------------------
 

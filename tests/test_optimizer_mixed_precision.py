@@ -9,9 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests._optimizer_cases import BASES, losses, make, same, train, values
-
-every_base = pytest.mark.parametrize("base", BASES)
+from tests._optimizer_cases import every_base, losses, make, same, train, values
 
 
 def _scaler(**options: Any) -> torch.amp.GradScaler:

@@ -17,15 +17,13 @@ from torch.optim.optimizer import (
 from tests._optimizer_cases import (
     BASES,
     FourTasks,
+    every_base,
     make,
     same,
     step_with_given_gradients,
     train,
     values,
 )
-
-every_base = pytest.mark.parametrize("base", BASES)
-
 
 # -- learning rate schedulers ----------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from examples.torchvision_import import import_torchvision
 
 from .errors import UserError
+from .files import replacing
 
 ENCODERS = ("small", "resnet18")
 
@@ -93,9 +94,9 @@ class Pretrained(nn.Module):
 
 def save_encoder(model: Pretrained, path: Path, **extra: Any) -> None:
     """Write the model, what is needed to build it again, and `extra` plain values, replacing `path` at once."""
-    temporary = path.with_suffix(".tmp")
-    torch.save({"settings": model.settings, "state": model.state_dict(), "extra": extra}, temporary)
-    temporary.replace(path)
+    content = {"settings": model.settings, "state": model.state_dict(), "extra": extra}
+    with replacing(path) as temporary:
+        torch.save(content, temporary)
 
 
 def load_encoder(path: Path, *, level: str = "encoder") -> tuple[nn.Module, dict[str, Any]]:

@@ -20,7 +20,7 @@ import torch
 from . import views
 from .devices import pick_device
 from .errors import UserError
-from .files import replacing
+from .files import write_text
 from .manifest import read_manifest
 from .networks import Pretrained, save_encoder
 from .pretrain_config import ARMS, PretrainConfig, check_config
@@ -122,8 +122,7 @@ def _claim(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    write_text(path, json.dumps(content, indent=1) + "\n")
 
 
 def _finite_or_none(value: Any) -> Any:

@@ -10,7 +10,7 @@ from .bags import BagsConfig, bags
 from .embed import EmbedConfig, embed
 from .errors import UserError
 from .evaluate import EvaluateConfig, evaluate
-from .files import replacing
+from .files import write_text
 from .mil import MilConfig, mil
 from .pretrain import ARMS, PretrainConfig, pretrain
 from .report import ReportConfig, report
@@ -95,7 +95,4 @@ def _check(config: RunConfig) -> None:
 
 
 def _record(config: RunConfig) -> None:
-    with replacing(config.out / "run.json") as temporary:
-        temporary.write_text(
-            json.dumps(asdict(config), indent=1, default=str) + "\n", encoding="utf-8"
-        )
+    write_text(config.out / "run.json", json.dumps(asdict(config), indent=1, default=str) + "\n")

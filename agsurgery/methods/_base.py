@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
-from typing import Literal, NamedTuple, TypeAlias
+from collections.abc import Callable, Mapping, Sequence
+from typing import ClassVar, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -15,9 +15,27 @@ Reduction: TypeAlias = Literal["sum", "mean"]
 Weighting: TypeAlias = "Callable[[Tensor], Tensor]"
 """Anything that maps a `(K, K)` Gramian to `(K,)` weights is a method."""
 
+Uses: TypeAlias = Literal["gramian", "losses", "rows"]
+"""What a method looks at: inner products of the task gradients, values of the losses, or single coordinates."""
+
+
+class Problem(NamedTuple):
+    """What a method is asked to weigh.
+
+    Attributes:
+        gramian: `(..., K, K)` inner products of the task gradients, float64; leading dimensions are blocks of
+            parameters, each solved on its own. NaN for methods that look at losses only.
+        losses: `(K,)` values of the losses in the dtype of `gramian`; None where a Gramian is all there is.
+        tasks: K names.
+    """
+
+    gramian: Tensor
+    losses: Tensor | None
+    tasks: tuple[str, ...]
+
 
 class Solution(NamedTuple):
-    """What a method answers: `weights` `(K,)` and the 0-d `scale` by which it stretched its update as a whole."""
+    """What a method answers: `weights` `(..., K)`, and the `scale` `(...)` by which it stretched the update."""
 
     weights: Tensor
     scale: Tensor
@@ -31,22 +49,40 @@ class Method(ABC):
             rate stays right; `"mean"` divides it by the number of tasks.
     """
 
+    uses: ClassVar[Uses] = "gramian"
+
     def __init__(self, *, reduction: Reduction = "sum") -> None:
         if reduction not in ("sum", "mean"):
             raise ValueError(f'`reduction` must be "sum" or "mean". Got {reduction!r}.')
         self.reduction: Reduction = reduction
 
     def __call__(self, gramian: Tensor) -> Tensor:
-        """Return the `(K,)` weights for a `(K, K)` Gramian of task gradients."""
+        """Return the `(..., K)` weights for a `(..., K, K)` Gramian of task gradients."""
         return self.solve(gramian).weights
 
-    def solve(self, gramian: Tensor) -> Solution:
-        """Return the weights, and the factor by which the method scaled its update."""
-        weights, scale = self._solve_sum(gramian)
-        return Solution(weights / gramian.shape[0] if self.reduction == "mean" else weights, scale)
+    def solve(
+        self,
+        gramian: Tensor,
+        losses: Tensor | None = None,
+        tasks: Sequence[str] | None = None,
+    ) -> Solution:
+        """Return the weights, and the factor by which the method scaled its update.
+
+        Args:
+            gramian: `(..., K, K)`, float64.
+            losses: `(K,)` values of the losses, for the methods that look at them.
+            tasks: K names, by which preferences and state are kept; None: `"0"`, `"1"`, ...
+
+        Raises:
+            ValueError: the method needs losses and got none, or has no preference for one of the tasks.
+        """
+        count = gramian.shape[-1]
+        names = tuple(str(i) for i in range(count)) if tasks is None else tuple(tasks)
+        weights, scale = self._solve_sum(Problem(gramian, losses, names))
+        return Solution(weights / count if self.reduction == "mean" else weights, scale)
 
     @abstractmethod
-    def _solve_sum(self, gramian: Tensor) -> Solution:
+    def _solve_sum(self, problem: Problem) -> Solution:
         """Solve on the scale of the sum of the task gradients."""
 
     def state(self) -> Mapping[str, Tensor]:
@@ -75,28 +111,110 @@ class Method(ABC):
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in public.items())})"
 
 
-def solve(method: Weighting, gramian: Tensor) -> Solution:
-    """Weights of any method for one Gramian, never a finite answer to a non-finite question.
+class LossMethod(Method):
+    """Base of the methods that weigh the losses by their values: one backward pass of the weighted sum."""
+
+    uses: ClassVar[Uses] = "losses"
+
+    def __call__(self, losses: Tensor) -> Tensor:
+        """Return the `(K,)` weights for `(K,)` values of the losses."""
+        unknown = torch.full_like(losses, torch.nan).diag_embed()
+        return self.solve(unknown, losses.detach()).weights
+
+    def _solve_sum(self, problem: Problem) -> Solution:
+        if problem.losses is None:
+            raise ValueError(
+                f"{type(self).__name__} weighs the losses by their values, and needs them. Got a Gramian only; pass "
+                "`losses=`, or use `GradientSurgery.backward`."
+            )
+        weights = self._weigh(problem.losses, problem.tasks)
+        return Solution(weights, weights.new_ones(()))
+
+    @abstractmethod
+    def _weigh(self, losses: Tensor, tasks: tuple[str, ...]) -> Tensor:
+        """Return `(K,)` weights on the scale of the sum for `(K,)` values of the losses."""
+
+
+class RowMethod(Method):
+    """Base of the methods that treat every coordinate of the task gradients by itself, and so have no weights."""
+
+    uses: ClassVar[Uses] = "rows"
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """Return the `(n,)` update for `(K, n)` task gradients."""
+        self.begin(rows.device)
+        return self.combine(rows)
+
+    def begin(self, device: torch.device) -> None:
+        """Get ready for one step; `combine` follows, once for each part of the parameters."""
+
+    def combine(self, rows: Tensor, start: int = 0) -> Tensor:
+        """Return the `(n,)` update for a part of the task gradients.
+
+        Args:
+            rows: `(K, n)`, float32 or float64.
+            start: number of coordinates in the parts before this one.
+        """
+        update = self._combine_sum(rows, start)
+        return update / rows.shape[0] if self.reduction == "mean" else update
+
+    @abstractmethod
+    def _combine_sum(self, rows: Tensor, start: int) -> Tensor:
+        """Combine on the scale of the sum of the task gradients."""
+
+    def _solve_sum(self, problem: Problem) -> Solution:
+        raise TypeError(
+            f"{type(self).__name__} works on the coordinates of the gradients and has no weights: it cannot be called "
+            "with a Gramian, nor be wrapped by another method."
+        )
+
+
+def uses(method: Weighting) -> Uses:
+    """What a method looks at; any callable that is no `Method` looks at the Gramian."""
+    return method.uses if isinstance(method, Method) else "gramian"
+
+
+def solve(
+    method: Weighting,
+    gramian: Tensor,
+    losses: Tensor | None = None,
+    tasks: Sequence[str] | None = None,
+) -> Solution:
+    """Weights of any method, never a finite answer to a non-finite question.
 
     Args:
-        method: a `Method`, or any callable from Gramian to weights; with a `solve` like that of a `Method` it may
-            report a scale too.
-        gramian: `(K, K)`, float64.
+        method: a `Method`, or any callable from Gramian to weights; with a `solve(gramian)` like that of a `Method`
+            it may report a scale too.
+        gramian: `(..., K, K)`, float64.
+        losses: `(K,)` values of the losses.
+        tasks: K names.
 
     Returns:
-        Weights in the dtype of `gramian`, all NaN where an entry of `gramian` is not finite, and the scale
-        (1 for callables that do not report one).
+        Weights in the dtype of `gramian`, all NaN where an entry of the Gramian is not finite (of the losses, for a
+        method that looks at these), and the scale (1 for callables that do not report one).
 
     Raises:
-        ValueError: the callable returned another shape than `(K,)`.
+        ValueError: the callable returned another shape than `(..., K)`.
     """
     answer = getattr(method, "solve", None)
-    weights, scale = (method(gramian), gramian.new_ones(())) if answer is None else answer(gramian)
+    if isinstance(method, Method):
+        weights, scale = method.solve(gramian, losses, tasks)
+    elif answer is None:
+        weights, scale = method(gramian), gramian.new_ones(gramian.shape[:-2])
+    else:
+        weights, scale = answer(gramian)
     weights = weights.to(gramian.dtype)
-    if weights.shape != gramian.shape[:1]:
+    if weights.shape != gramian.shape[:-1]:
         raise ValueError(
-            f"A method must return {gramian.shape[0]} weights for {gramian.shape[0]} tasks. "
+            f"A method must return {gramian.shape[-1]} weights for {gramian.shape[-1]} tasks. "
             f"{method!r} returned shape {tuple(weights.shape)}."
         )
-    poison = torch.where(torch.isfinite(gramian).all(), 0.0, torch.nan)
-    return Solution(weights + poison, scale + poison)
+    poison = torch.where(known(method, gramian, losses), 0.0, torch.nan)
+    return Solution(weights + poison.unsqueeze(-1), scale + poison)
+
+
+def known(method: Weighting, gramian: Tensor, losses: Tensor | None) -> Tensor:
+    """Whether all that `method` looks at is finite: one boolean for each block."""
+    if uses(method) == "losses" and losses is not None:
+        return torch.isfinite(losses).all()
+    return torch.isfinite(gramian).flatten(-2).all(-1)

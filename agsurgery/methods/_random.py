@@ -32,41 +32,66 @@ def hashed(value: Tensor) -> Tensor:
     return value ^ _shift_right(value, 31)
 
 
-def random_orders(seed: Tensor, draw: Tensor, tasks: int) -> Tensor:
+def stream(seed: Tensor, draw: Tensor) -> Tensor:
+    """Start of the numbers of one draw (0-d int64, as both arguments); the same everywhere."""
+    return hashed(hashed(seed + 1) + draw)
+
+
+def uniform(start: Tensor, count: int, offset: int = 0) -> Tensor:
+    """`(count,)` float64 numbers in (0, 1), number `offset` and following of the draw that begins at `start`."""
+    index = torch.arange(offset, offset + count, device=start.device)
+    return (_shift_right(hashed(start + index), 11) + 0.5) * 2.0**-53
+
+
+def random_orders(start: Tensor, tasks: int) -> Tensor:
     """One random order of the other tasks for each task.
 
     Args:
-        seed: 0-d int64.
-        draw: 0-d int64, number of the draw; the same seed and draw give the same orders everywhere.
+        start: 0-d int64 from `stream`.
         tasks: number of tasks K.
 
     Returns:
         `(K, K - 1)` int64; row i is a random permutation of the tasks other than i.
     """
-    stream = hashed(hashed(seed + 1) + draw)
-    index = torch.arange(tasks * tasks, device=draw.device)
-    keys = hashed(stream + index).view(tasks, tasks)
+    index = torch.arange(tasks * tasks, device=start.device)
+    keys = hashed(start + index).view(tasks, tasks)
     # Only the upper bits decide, so that the largest key is free to put each task itself last.
     keys = _shift_right(keys, 1).fill_diagonal_(2**63 - 1)
     return keys.argsort(dim=1).narrow(1, 0, tasks - 1)
 
 
-class RandomlyOrdered(Method):
-    """Base of the methods that take the tasks in random order; their state is the seed and a counter."""
+class Draws:
+    """Seed and number of the draws taken so far: all there is to remember of a random stream."""
 
-    def __init__(self, *, seed: int = 0, reduction: Reduction = "sum") -> None:
-        super().__init__(reduction=reduction)
+    def __init__(self, seed: int) -> None:
         self._seed = torch.tensor(seed, dtype=torch.int64)
         self._draws = torch.zeros((), dtype=torch.int64)
 
-    def state(self) -> Mapping[str, Tensor]:
-        """Seed and number of the random orders drawn so far (0-d int64)."""
+    def tensors(self) -> dict[str, Tensor]:
+        """`seed` and `draws`, 0-d int64."""
         return {"seed": self._seed, "draws": self._draws}
 
-    def _orders(self, gramian: Tensor) -> Tensor | None:
-        if gramian.shape[0] < 3:
-            return None
-        if self._draws.device != gramian.device:
-            self._seed, self._draws = self._seed.to(gramian.device), self._draws.to(gramian.device)
+    def next(self, device: torch.device) -> Tensor:
+        """A 0-d int64 on `device` from which to hash the numbers of the next draw."""
+        if self._draws.device != device:
+            self._seed, self._draws = self._seed.to(device), self._draws.to(device)
         self._draws.add_(1)
-        return random_orders(self._seed, self._draws, gramian.shape[0])
+        return stream(self._seed, self._draws)
+
+
+class RandomlyOrdered(Method):
+    """Base of the methods that take the tasks in random order."""
+
+    def __init__(self, *, seed: int = 0, reduction: Reduction = "sum") -> None:
+        super().__init__(reduction=reduction)
+        self._random = Draws(seed)
+
+    def state(self) -> Mapping[str, Tensor]:
+        """Seed and number of the random orders drawn so far (0-d int64)."""
+        return self._random.tensors()
+
+    def _orders(self, gramian: Tensor) -> Tensor | None:
+        """The orders of this step; None for two tasks, where they make no difference."""
+        if gramian.shape[-1] < 3:
+            return None
+        return random_orders(self._random.next(gramian.device), gramian.shape[-1])

@@ -2,34 +2,12 @@
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
-
-from agsurgery.methods._base import Reduction, Solution
-from agsurgery.methods._cosine import NOISE, Cosines, cosines, squared_norm
-from agsurgery.methods._random import RandomlyOrdered
-from agsurgery.methods.pcgrad import pcgrad_weights
+from agsurgery.methods._base import Reduction
+from agsurgery.methods.norm_restored import NormRestored
+from agsurgery.methods.pcgrad import PCGrad
 
 
-def norm_restoring_scale(weights: Tensor, split: Cosines, max_scale: float | None) -> Tensor:
-    r"""Factor that gives :math:`J^\top w` the norm of the plain sum, :math:`\sqrt{1^\top G 1 / w^\top G w}`.
-
-    Args:
-        weights: `(K,)`.
-        split: norms and cosines of the Gramian.
-        max_scale: upper limit of the factor; None for no limit.
-
-    Returns:
-        0-d tensor; 1 where the update is rounding noise (see `NOISE`).
-    """
-    plain = squared_norm(torch.ones_like(weights), split)
-    projected = squared_norm(weights, split)
-    noise = NOISE * (weights.abs() * split.norms).sum().square()
-    scale = torch.where(projected <= noise, 1.0, (plain / projected).sqrt())
-    return scale if max_scale is None else scale.clamp(max=max_scale)
-
-
-class AGS(RandomlyOrdered):
+class AGS(NormRestored):
     r"""Adaptive gradient surgery: :math:`w = s\, w_{\mathrm{PCGrad}}`, :math:`s = |\sum_i g_i| / |\sum_i g_i'|`.
 
     PCGrad removes the conflict but changes the length of the step: two gradients of equal norm at cosine -0.9
@@ -74,15 +52,4 @@ class AGS(RandomlyOrdered):
     def __init__(
         self, *, max_scale: float | None = 10.0, seed: int = 0, reduction: Reduction = "sum"
     ) -> None:
-        super().__init__(seed=seed, reduction=reduction)
-        if max_scale is not None and not max_scale > 0:
-            raise ValueError(
-                f"`max_scale` must be positive, or None for no limit. Got {max_scale}."
-            )
-        self.max_scale = max_scale
-
-    def _solve_sum(self, gramian: Tensor) -> Solution:
-        split = cosines(gramian)
-        weights = pcgrad_weights(split, self._orders(gramian))
-        scale = norm_restoring_scale(weights, split, self.max_scale)
-        return Solution(scale * weights, scale)
+        super().__init__(PCGrad(seed=seed), max_scale=max_scale, reduction=reduction)

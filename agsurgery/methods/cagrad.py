@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor
-
-from agsurgery.methods._base import Method, Reduction, Solution
+from agsurgery.methods._base import Method, Problem, Reduction, Solution
 from agsurgery.methods._conflict_averse import conflict_averse_pair, conflict_averse_weights
 from agsurgery.methods._cosine import cosines
 
@@ -71,8 +69,8 @@ class CAGrad(Method):
         self.rescale = rescale
         self._divisor = divisors[rescale]
 
-    def _solve_sum(self, gramian: Tensor) -> Solution:
-        split = cosines(gramian)
-        solver = conflict_averse_pair if gramian.shape[0] == 2 else conflict_averse_weights
+    def _solve_sum(self, problem: Problem) -> Solution:
+        split = cosines(problem.gramian)
+        solver = conflict_averse_pair if split.norms.shape[-1] == 2 else conflict_averse_weights
         weights = solver(split, self.c) / self._divisor
         return Solution(weights, weights.new_ones(()))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agsurgery.methods._base import Solution
+from agsurgery.methods._base import Problem, Solution
 from agsurgery.methods._cosine import Cosines, cosines
 from agsurgery.methods._random import RandomlyOrdered
 
@@ -22,23 +22,23 @@ def pcgrad_weights(split: Cosines, orders: Tensor | None) -> Tensor:
         orders: `(K, K - 1)` indices, row i an order of the tasks other than i; unused (None) for two tasks.
 
     Returns:
-        `(K,)` weights, exactly 1 where nothing conflicts.
+        `(..., K)` weights, exactly 1 where nothing conflicts.
     """
-    tasks = split.norms.shape[0]
+    tasks = split.norms.shape[-1]
     if tasks == 1:
         return torch.ones_like(split.norms)
     if tasks == 2:
         # Each gradient is projected once, against an untouched one: the order has no effect.
-        overlap = split.matrix.diagonal(1).clamp(max=0)
-        return 1 - overlap * split.norms.flip(0) * split.reciprocals
+        overlap = split.matrix.diagonal(1, -2, -1).clamp(max=0)
+        return 1 - overlap * split.norms.flip(-1) * split.reciprocals
     assert orders is not None
     change = torch.zeros_like(split.matrix)
-    own = split.matrix.gather(1, orders)
-    for step, against in enumerate(orders.unbind(1)):
-        columns = split.matrix.index_select(0, against)
-        cosine = own.narrow(1, step, 1) + (change * columns).sum(1, keepdim=True)
-        change.scatter_add_(1, against.unsqueeze(1), cosine.clamp_(max=0).neg_())
-    return 1 + (split.norms.unsqueeze(1) * change).sum(0) * split.reciprocals
+    for against in orders.unbind(1):
+        targets = against.unsqueeze(1).expand(*split.norms.shape, 1)
+        columns = split.matrix.index_select(-2, against)
+        cosine = split.matrix.gather(-1, targets) + (change * columns).sum(-1, keepdim=True)
+        change.scatter_add_(-1, targets, cosine.clamp_(max=0).neg_())
+    return 1 + (split.norms.unsqueeze(-1) * change).sum(-2) * split.reciprocals
 
 
 class PCGrad(RandomlyOrdered):
@@ -70,7 +70,7 @@ class PCGrad(RandomlyOrdered):
         Yu et al., [Gradient Surgery for Multi-Task Learning](https://arxiv.org/abs/2001.06782), 2020, Algorithm 1.
     """
 
-    def _solve_sum(self, gramian: Tensor) -> Solution:
-        return Solution(
-            pcgrad_weights(cosines(gramian), self._orders(gramian)), gramian.new_ones(())
-        )
+    def _solve_sum(self, problem: Problem) -> Solution:
+        split = cosines(problem.gramian)
+        weights = pcgrad_weights(split, self._orders(problem.gramian))
+        return Solution(weights, torch.ones_like(weights.narrow(-1, 0, 1).squeeze(-1)))

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from torch import Tensor
-
-from agsurgery.methods._base import Method, Solution
+from agsurgery.methods._base import Method, Problem, Solution
 
 
 class Sum(Method):
@@ -19,8 +17,9 @@ class Sum(Method):
     def __init__(self) -> None:
         super().__init__(reduction="sum")
 
-    def _solve_sum(self, gramian: Tensor) -> Solution:
-        return Solution(gramian.new_ones(gramian.shape[0]), gramian.new_ones(()))
+    def _solve_sum(self, problem: Problem) -> Solution:
+        ones = problem.gramian.new_ones(problem.gramian.shape[:-1])
+        return Solution(ones, problem.gramian.new_ones(problem.gramian.shape[:-2]))
 
 
 class Mean(Method):
@@ -35,5 +34,6 @@ class Mean(Method):
     def __init__(self) -> None:
         super().__init__(reduction="mean")
 
-    def _solve_sum(self, gramian: Tensor) -> Solution:
-        return Solution(gramian.new_ones(gramian.shape[0]), gramian.new_ones(()))
+    def _solve_sum(self, problem: Problem) -> Solution:
+        ones = problem.gramian.new_ones(problem.gramian.shape[:-1])
+        return Solution(ones, problem.gramian.new_ones(problem.gramian.shape[:-2]))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -13,6 +13,7 @@ from agsurgery.jacobian import (
     Bucket,
     Reach,
     Root,
+    Split,
     buckets,
     gradient_dtype,
     gradient_root,
@@ -22,6 +23,7 @@ from agsurgery.jacobian import (
 )
 from agsurgery.kernels import solver_dtype
 from agsurgery.methods import AGS, Weighting, resolve, solve
+from agsurgery.methods._base import RowMethod, uses
 from agsurgery.report import SurgeryReport, detached_losses
 
 Losses: TypeAlias = "Sequence[Tensor] | Mapping[str, Tensor] | Tensor"
@@ -45,16 +47,21 @@ class Engine:
         self,
         method: str | Weighting,
         *,
-        heads: Heads = "own",
+        heads: Heads | None = None,
         shared: Iterable[Tensor] | None = None,
         outside: Literal["error", "ignore"] = "error",
     ) -> None:
-        if heads not in ("own", "weighted"):
-            raise ValueError(f'`heads` must be "own" or "weighted". Got {heads!r}.')
+        if heads not in (None, "own", "weighted"):
+            raise ValueError(f'`heads` must be "own", "weighted" or None. Got {heads!r}.')
         if outside not in ("error", "ignore"):
             raise ValueError(f'`outside` must be "error" or "ignore". Got {outside!r}.')
         self.method = resolve(method)
-        self.heads: Heads = heads
+        if heads == "weighted" and uses(self.method) == "rows":
+            raise ValueError(
+                f'`heads` must be "own" for a method without weights. Got "weighted" for {self.method!r}.'
+            )
+        default: Heads = "weighted" if uses(self.method) == "losses" else "own"
+        self.heads: Heads = heads or default
         self.shared = None if shared is None else _as_tensors(shared, "shared")
         self.outside = outside
         self.report: SurgeryReport | None = None
@@ -91,28 +98,55 @@ class Engine:
         parts = split(reach.leaves, None if self.shared is None else {id(p) for p in self.shared})
         for leaf in {id(leaf): leaf for leaves in reach.leaves for leaf in leaves}.values():
             _check_parameter(leaf)
-        active = self._prepare(parts.shared, len(names))
+        step = _Step(names, values, roots, reach, parts, retain_graph, loss_scale)
         with torch.no_grad(), _full_precision(values[0].device):
-            own: list[list[Tensor | None]] = []
-            for task, (value, root) in enumerate(zip(values, roots, strict=True)):
-                leaves = reach.leaves[task]
-                keep = retain_graph or reach.retain[task]
-                start = torch.ones_like(value) if loss_scale is None else loss_scale.to(value)
-                gradients = () if root is None else _gradients(root, leaves, start, keep)
-                own.append(self._write_rows(active, task, leaves, gradients))
-            gramian = _gramian(active, len(names), values[0].device)
-            weights, scale = solve(self.method, gramian)
+            # Weights that need no gradients leave one backward pass to do, if heads are weighted as well.
+            single = uses(self.method) == "losses" and self.heads == "weighted"
+            self.report = self._pass_once(step) if single else self._pass_by_task(step)
+        return self.report
+
+    def _pass_once(self, step: _Step) -> SurgeryReport:
+        """One backward pass of the weighted losses."""
+        losses = detached_losses(step.losses)
+        tasks, dtype = len(step.tasks), solver_dtype(losses.device)
+        gramian = torch.full((tasks, tasks), torch.nan, dtype=dtype, device=losses.device)
+        weights, scale = solve(self.method, gramian, losses.to(dtype), step.tasks)
+        leaves = list(
+            {id(leaf): leaf for reached in step.reach.leaves for leaf in reached}.values()
+        )
+        roots, starts = [], []
+        for root, loss, weight in zip(step.roots, step.losses, weights.unbind(), strict=True):
+            if root is not None:
+                roots.append(root)
+                starts.append(weight.to(loss) * step.start(loss))
+        gradients = _gradients(roots, leaves, starts, step.retain_graph)
+        _deliver_own(leaves, gradients, None)
+        return SurgeryReport(tuple(step.tasks), losses, gramian, weights, scale)
+
+    def _pass_by_task(self, step: _Step) -> SurgeryReport:
+        """One backward pass for each loss, and the combination of their rows."""
+        losses = detached_losses(step.losses)
+        active = self._prepare(step.parts.shared, len(step.tasks))
+        own: list[list[Tensor | None]] = []
+        for task, (loss, root) in enumerate(zip(step.losses, step.roots, strict=True)):
+            leaves = step.reach.leaves[task]
+            keep = step.retain_graph or step.reach.retain[task]
+            gradients = () if root is None else _gradients([root], leaves, [step.start(loss)], keep)
+            own.append(self._write_rows(active, task, leaves, gradients))
+        gramian = _gramian(active, len(step.tasks), losses.device)
+        if isinstance(self.method, RowMethod):
+            _combine_columns(self.method, active, len(step.tasks))
+            weights, scale = gramian.new_full(losses.shape, torch.nan), gramian.new_ones(())
+        else:
+            weights, scale = solve(self.method, gramian, losses.to(gramian), step.tasks)
             for bucket in active:
                 bucket.deliver(weights)
-            for task, head_gradients in enumerate(own):
-                factor = None if self.heads == "own" else weights[task]
-                _deliver_own(parts.own[task], head_gradients, factor)
-            if loss_scale is not None:
-                gramian = gramian / loss_scale.to(gramian).square()
-            self.report = SurgeryReport(
-                tuple(names), detached_losses(values), gramian, weights, scale
-            )
-        return self.report
+        for task, head_gradients in enumerate(own):
+            factor = None if self.heads == "own" else weights[task]
+            _deliver_own(step.parts.own[task], head_gradients, factor)
+        if step.loss_scale is not None:
+            gramian = gramian / step.loss_scale.to(gramian).square()
+        return SurgeryReport(tuple(step.tasks), losses, gramian, weights, scale)
 
     def _check(self, names: Sequence[str], roots: Sequence[Root | None], reach: Reach) -> None:
         if reach.reentrant:
@@ -185,6 +219,31 @@ class Engine:
         return own
 
 
+class _Step(NamedTuple):
+    """What one call works on: the losses with where their backward passes start, and what these reach."""
+
+    tasks: list[str]
+    losses: list[Tensor]
+    roots: list[Root | None]
+    reach: Reach
+    parts: Split
+    retain_graph: bool
+    loss_scale: Tensor | None
+
+    def start(self, loss: Tensor) -> Tensor:
+        """Gradient of the scaled loss with respect to the loss."""
+        return torch.ones_like(loss) if self.loss_scale is None else self.loss_scale.to(loss)
+
+
+def _combine_columns(method: RowMethod, active: Sequence[Bucket], tasks: int) -> None:
+    """Deliver the update of a method without weights."""
+    start = 0
+    for bucket in active:
+        if start == 0:
+            method.begin(bucket.device)
+        start = bucket.deliver_columns(method.combine, tasks, start)
+
+
 def _gramian(active: Sequence[Bucket], tasks: int, device: torch.device) -> Tensor:
     """Sum over the buckets, on the device of the first one; zero where nothing is shared."""
     if not active:
@@ -201,7 +260,7 @@ def backward(
     params: Iterable[Tensor] | None = None,
     method: str | Weighting | None = None,
     *,
-    heads: Heads = "own",
+    heads: Heads | None = None,
     shared: Iterable[Tensor] | None = None,
     outside: Literal["error", "ignore"] = "error",
     retain_graph: bool = False,
@@ -221,7 +280,8 @@ def backward(
         method: an instance such as `AGS()`, a name such as `"cagrad"`, or any callable from a `(K, K)` float64
             Gramian to `(K,)` weights. None: `AGS()`. Pass the same instance in every step if it has a state.
         heads: `"own"`: a parameter of a single loss receives that loss's gradient unchanged. `"weighted"`: times
-            the weight of the task, as when the weighted losses are summed.
+            the weight of the task, as when the weighted losses are summed. None: `"own"`, but `"weighted"` for
+            methods that weigh losses by their values, which then need a single backward pass.
         shared: parameters to treat as shared, where the graph does not tell (a model compiled as a whole reaches
             everything from every loss). All others receive the plain sum of their gradients.
         outside: what to do when the losses reach an `nn.Parameter` that is not in `params`.
@@ -313,11 +373,18 @@ def _read_losses(losses: Losses) -> tuple[list[str], list[Tensor], list[Root | N
 
 
 def _gradients(
-    root: Root, leaves: Sequence[Tensor], start: Tensor, retain_graph: bool
+    roots: Sequence[Root],
+    leaves: Sequence[Tensor],
+    starts: Sequence[Tensor],
+    retain_graph: bool,
 ) -> tuple[Tensor | None, ...]:
     try:
         return torch.autograd.grad(
-            (root,), list(leaves), (start,), retain_graph=retain_graph, allow_unused=True
+            list(roots),
+            list(leaves),
+            list(starts),
+            retain_graph=retain_graph,
+            allow_unused=True,
         )
     except RuntimeError as error:
         if "donated buffer" not in str(error):

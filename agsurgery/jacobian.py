@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeAlias
 
 import torch
@@ -173,12 +174,12 @@ class Bucket:
         self._complex = first.is_complex()
         dtype = gradient_dtype(first)
         self._dtype = dtype.to_real() if self._complex else dtype
-        self._device = first.device
+        self.device = first.device
         self._sizes = [self._padded(p) for p in self.parameters]
         # Fused optimizers pair parameter and gradient in memory order, so the strides must be the same.
         self._strides = [torch.empty_like(p, device="meta").stride() for p in self.parameters]
         self._length = kernels.padded_length(sum(self._sizes))
-        self._rows = torch.empty(0, self._length, dtype=self._dtype, device=self._device)
+        self._rows = torch.empty(0, self._length, dtype=self._dtype, device=self.device)
         self._views: list[list[Tensor]] = []
         self._stale: list[set[int]] = []  # per row, positions that hold something else than zero
         self._result: Tensor | None = None
@@ -204,7 +205,7 @@ class Bucket:
     def reserve(self, tasks: int) -> None:
         """Make room for at least `tasks` rows."""
         if len(self._views) < tasks:
-            self._rows = torch.zeros(tasks, self._length, dtype=self._dtype, device=self._device)
+            self._rows = torch.zeros(tasks, self._length, dtype=self._dtype, device=self.device)
             self._views = [self._split(row) for row in self._rows]
             self._stale = [set() for _ in range(tasks)]
 
@@ -237,16 +238,40 @@ class Bucket:
     def deliver(self, weights: Tensor) -> None:
         """Add the weighted sum of the rows to the parameters' `.grad`."""
         rows = self._rows[: weights.shape[0]]
-        weights = weights.to(self._device)
+        weights = weights.to(self.device)
+        self._deliver(partial(kernels.combine, weights, rows))
+
+    def deliver_columns(
+        self, function: Callable[[Tensor, int], Tensor], tasks: int, start: int
+    ) -> int:
+        """Add a function of the columns of the first `tasks` rows to the parameters' `.grad`.
+
+        Args:
+            function: from `(K, m)` columns, and the number of columns before them, to `(m,)`.
+            tasks: K.
+            start: number of columns in the buckets before this one.
+
+        Returns:
+            The same for the next bucket.
+        """
+
+        def shifted(columns: Tensor, offset: int) -> Tensor:
+            return function(columns, start + offset)
+
+        self._deliver(partial(kernels.combine_columns, shifted, self._rows[:tasks]))
+        return start + self._length
+
+    def _deliver(self, combine: Callable[..., Tensor]) -> None:
+        """Add what `combine` writes into the flat tensor it is given to the parameters' `.grad`."""
         if all(parameter.grad is None for parameter in self.parameters):
-            self._result = kernels.combine(weights, rows, self._free_result())
+            self._result = combine(self._free_result())
             for parameter, view in zip(self.parameters, self._split(self._result), strict=True):
                 # As a view it would refuse in-place changes that gradients allow.
                 parameter.grad = view.data
         elif self._result is not None and self._delivered(self._result):
-            kernels.combine(weights, rows, self._result, accumulate=True)
+            combine(self._result, accumulate=True)
         else:
-            update = kernels.combine(weights, rows, torch.empty_like(rows[0]))
+            update = combine(torch.empty_like(self._rows[0]))
             for parameter, view in zip(self.parameters, self._split(update), strict=True):
                 parameter.grad = view.data if parameter.grad is None else parameter.grad.add_(view)
 
@@ -265,7 +290,7 @@ class Bucket:
     def _free_result(self) -> Tensor:
         """The previous result if nobody looks at it any more, else new memory."""
         if self._result is None or not _sole_owner(self._result):
-            return torch.empty(self._length, dtype=self._dtype, device=self._device)
+            return torch.empty(self._length, dtype=self._dtype, device=self.device)
         return self._result
 
 

@@ -6,6 +6,8 @@ K x K result is float64, because the methods that use it subtract nearly equal n
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,7 @@ over ten million columns is wrong in the third digit; shorter chunks still would
 ALIGN = 16
 """Every parameter starts at a multiple of this many elements, so that its view is aligned for vector loads."""
 
-_SLAB = 256 * CHUNK  # columns converted to float32 at a time when the rows are bfloat16 or float16
+_SLAB = 256 * CHUNK  # columns worked on at a time where each pass makes copies of them
 
 
 def padded_length(columns: int) -> int:
@@ -83,6 +85,32 @@ def combine(weights: Tensor, rows: Tensor, out: Tensor, *, accumulate: bool = Fa
         torch.addmm(out.unsqueeze(0), row, rows, out=out.unsqueeze(0))
     else:
         torch.mm(row, rows, out=out.unsqueeze(0))
+    return out
+
+
+def combine_columns(
+    function: Callable[[Tensor, int], Tensor],
+    rows: Tensor,
+    out: Tensor,
+    *,
+    accumulate: bool = False,
+) -> Tensor:
+    """Apply a function of single columns, slab by slab so that what it makes on the way stays small.
+
+    Args:
+        function: from `(K, m)` columns, at least float32, and the number of columns before them, to `(m,)`.
+        rows: `(K, n)`.
+        out: `(n,)`, same dtype as `rows`.
+        accumulate: add to `out` instead of overwriting it.
+
+    Returns:
+        `out`.
+    """
+    start = 0
+    for slab, target in zip(torch.split(rows, _SLAB, dim=1), torch.split(out, _SLAB), strict=True):
+        update = function(slab.float() if slab.element_size() < 4 else slab, start)
+        target.copy_(target.to(update.dtype) + update if accumulate else update)
+        start += slab.shape[1]
     return out
 
 

@@ -69,7 +69,7 @@ class GradientSurgery(Optimizer):
         optimizer: Optimizer,
         method: str | Weighting | None = None,
         *,
-        heads: Heads = "own",
+        heads: Heads | None = None,
         shared: Iterable[Tensor] | None = None,
         outside: Literal["error", "ignore"] = "error",
     ) -> None:
@@ -152,12 +152,14 @@ class GradientSurgery(Optimizer):
         method, group = self.engine.method, self.param_groups[0]
         if not isinstance(method, Method):
             return
-        for name, value in method.state().items():
-            key = _STATE_PREFIX + name
-            loaded = group.get(key)
-            if loaded is not None and loaded is not self.engine.published.get(key):
-                value.copy_(torch.as_tensor(loaded))
-            group[key] = self.engine.published[key] = value
+        stored = {key: value for key, value in group.items() if key.startswith(_STATE_PREFIX)}
+        if any(self.engine.published.get(key) is not value for key, value in stored.items()):
+            loaded = {key.removeprefix(_STATE_PREFIX): value for key, value in stored.items()}
+            # What the other method did not know stays as it is.
+            method.load_state_dict({**method.state(), **loaded})
+        stored |= {_STATE_PREFIX + name: value for name, value in method.state().items()}
+        group.update(stored)
+        self.engine.published = stored
 
     # -- the base optimizer -----------------------------------------------------------------------
 

@@ -1,11 +1,16 @@
-r"""The conflict-averse problem on K x K data.
+r"""The conflict-averse problem: the best step, for the worst-off task, in a ball around the mean gradient.
 
-In coordinates :math:`u_i = v_i |g_i|` of the unit gradients, with :math:`\gamma_i = \cos(g_i, g_0)`,
-the cosine matrix C and :math:`a_i = 1/|g_i|` up to a common factor,
+In coordinates z of the unit gradients, relative to the length of the mean gradient :math:`g_0`, the step is
+:math:`g_0 + J^\top D^{-1} z`. With :math:`\gamma_i = \cos(g_i, g_0)`, the cosine matrix C and
+:math:`a_i = 1/|g_i|` up to a common factor, it is optimal if for some :math:`\mu` (the gain of the worst-off task)
 
-.. math:: \min_u \; \gamma^\top u + c \sqrt{u^\top C u} \quad \text{such that} \quad u \ge 0,\; a^\top u = 1,
+.. math:: z \ge 0, \quad \lambda = C z + \gamma - \mu a \ge 0, \quad z^\top \lambda = 0, \quad z^\top C z = c^2,
 
-every number is of order one at any scale of the gradients.
+a quadratic problem over the orthant with one more unknown. On a given set of positive coordinates z is linear in
+:math:`\mu`, and the last condition a quadratic equation for it.
+
+Where some convex combination of the gradients vanishes, not all tasks can gain: :math:`\mu` is at most 0, and of the
+steps that reach 0 the one nearest to the mean gradient is taken, its projection on the dual cone.
 """
 
 from __future__ import annotations
@@ -13,145 +18,139 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from agsurgery.methods._cosine import NOISE, Cosines, squared_norm
-
-_STEPS = (
-    40  # of the interior-point method: twice what most problems take, enough for imbalance of 1e6
+from agsurgery.methods._cosine import NOISE, Cosines, squared_norm, times
+from agsurgery.methods._quadratic import (
+    ENUMERATED,
+    all_sets,
+    candidate_sets,
+    least_violating,
+    minimise,
+    solve_on_sets,
+    with_ridge,
 )
-_SHRINK = 0.2
-_SOLVED = 1e-12  # mean product of slack and multiplier, in units where all data are of order one
-_SMALLEST_GAP = 1e-14
-_RIDGE = NOISE  # on the cosines: bounds the weights where gradients are dependent up to rounding
+from agsurgery.methods._simplex import shortest_combination
+
+_ROUNDS = 12
+"""Of the search beyond the enumerated sizes; 10 were enough for imbalance of 1e6 and dependent gradients."""
 
 
 def conflict_averse_weights(split: Cosines, c: float) -> Tensor:
-    """Weights of the conflict-averse update for any number of tasks, on the scale of the sum.
+    """Weights of the conflict-averse update, on the scale of the sum.
 
     Args:
-        split: norms and cosines of the Gramian.
+        split: norms and cosines of the Gramian, `(..., K)` and `(..., K, K)`.
         c: radius of the ball around the mean gradient, relative to its norm.
 
     Returns:
-        `(K,)`; the plain sum where the mean gradient is zero.
+        `(..., K)`; those of the plain sum where the mean gradient is zero.
     """
-    present = (split.norms != 0).to(split.norms.dtype)
-    mean_norm = squared_norm(present, split).sqrt()  # K |g_0|: K cancels on the scale of the sum
+    present = split.present
     if c == 0:
         return torch.ones_like(present)
-    toward_mean = split.matrix @ split.norms / mean_norm
-    # An absent task is kept in the system, so that shapes do not depend on data, but made too costly to choose.
-    cost = torch.where(present == 0, 10 * (1 + c), toward_mean)
-    smallest = torch.where(present == 0, torch.inf, split.norms).amin()
-    price = torch.where(present == 0, 1.0, smallest * split.reciprocals)
-    matrix = split.matrix + torch.diag(1 - present + _RIDGE)
-    direction = present * _interior_point(cost, matrix, price, c)
-    weights = present + c * mean_norm * direction * split.reciprocals
+    total = squared_norm(present, split).sqrt().unsqueeze(-1)  # K |g_0|: K cancels
+    absent = 1 - present
+    matrix = split.matrix + torch.diag_embed(absent)
+    # An absent task stays in the system, so that shapes do not depend on data, at a cost that nobody pays.
+    toward_mean = times(split.matrix, split.norms) / total + absent * (2 + c)
+    combination = shortest_combination(split)
+    reach = (combination.point * times(split.matrix, combination.point)).sum(-1, keepdim=True)
+    vanishes = reach <= NOISE * combination.point.sum(-1, keepdim=True).square()
+    nearest = minimise(matrix, toward_mean.unsqueeze(-2)).squeeze(-2)
+    inside = (nearest * times(matrix, nearest)).sum(-1, keepdim=True) <= c * c
+    problem = (with_ridge(matrix), toward_mean / c, combination.price)
+    small = present.shape[-1] <= ENUMERATED
+    boundary = c * (_enumerate(*problem) if small else _search(*problem, c))
+    point = torch.where(vanishes & inside, nearest, boundary)
+    weights = 1 + total * point * split.reciprocals
     # The weight of a zero gradient cannot change the update, but a head may be scaled by it.
-    return torch.where((present == 0) | (mean_norm == 0), 1.0, weights)
+    return torch.where((present == 0) | (total == 0), 1.0, weights)
 
 
-def _interior_point(cost: Tensor, matrix: Tensor, price: Tensor, c: float) -> Tensor:
-    r"""Subgradient of the norm at the minimiser: :math:`u / \sqrt{u^\top C u}` where that is not 0/0.
+def _enumerate(matrix: Tensor, toward_mean: Tensor, price: Tensor) -> Tensor:
+    """Solution for radius 1 by trying every set of positive coordinates."""
+    sets = all_sets(price.shape[-1], matrix)
+    return least_violating(*_on_sets(matrix, toward_mean, price, sets))
 
-    A primal-dual path: with barrier parameter mu the norm is smoothed to :math:`t = \mu/c + \sqrt{\mu^2/c^2 + u^\top
-    C u}`, the value that a logarithmic barrier for its cone gives, and the subgradient `pull` (rho, with
-    :math:`t \rho = c u` on the path) is an unknown of its own. So the kink at the origin does no harm (as in
-    Chan, Golub and Mulet, 1999, for total variation). A fixed number of Newton steps, no branch on data.
+
+def _on_sets(
+    matrix: Tensor, toward_mean: Tensor, price: Tensor, sets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Points of radius 1 on each set, both of them where there are two, and their slacks.
+
+    Args:
+        matrix: `(..., K, K)`.
+        toward_mean: `(..., K)`.
+        price: a, `(..., K)`.
+        sets: indicators, `(S, K)` or `(S, ..., K)`.
+
+    Returns:
+        Points and slacks, both `(2 S, ..., K)`.
     """
-    identity = torch.eye(cost.shape[0], dtype=cost.dtype, device=cost.device)
-    point = torch.ones_like(cost) / price.sum()
-    dual = torch.full_like(cost, 1 + c)
-    multiplier = cost.new_zeros(())
-    pull = torch.zeros_like(cost)
-    gap = (point * dual).mean()  # the barrier parameter
-    for _ in range(_STEPS):
-        image, pulled = matrix @ point, matrix @ pull
-        norm = (point @ image).clamp(min=0).sqrt()
-        slack = (point @ dual + (c * norm - pull @ image).clamp(min=0)) / (cost.shape[0] + 1)
-        done = (
-            slack < _SOLVED
-        )  # going on would only pile up rounding where the solution is not unique
-        gap = torch.where(done, gap, (_SHRINK * torch.minimum(gap, slack)).clamp(min=_SMALLEST_GAP))
-        smooth = gap / c
-        root = (smooth.square() + norm.square()).sqrt()
-        length = smooth + root
-        mixed = torch.outer(pulled, image) / root
-        hessian = (c * matrix - (mixed + mixed.T) / 2) / length
-        # (H + diag(dual / point)) is scaled to I + S H S, which is well conditioned at the boundary.
-        scaling = (point / dual).sqrt()
-        system = identity + scaling.unsqueeze(1) * hessian * scaling
-        residual = multiplier * price - cost - c * image / length + gap / point
-        sides = scaling.unsqueeze(1) * torch.stack((residual, price), dim=1)
-        solved = scaling.unsqueeze(1) * torch.linalg.solve_ex(system, sides)[0]
-        newton, slope = solved.unbind(1)
-        shift = (1 - price @ point - price @ newton) / (price @ slope)
-        step = newton + shift * slope
-        stretch = (image @ step) / root
-        next_pull = (c * (point + step) - pull * stretch) / length
-        next_pull = next_pull * (c / (next_pull @ matrix @ next_pull).clamp(min=0).sqrt()).clamp(
-            max=1
-        )
-        dual_step = gap / point - dual - dual / point * step
-        trial = (next_pull + step + dual_step + shift).sum()
-        done = done | (trial - trial != 0)  # rounding broke the step down: stay where we are
-        pull = torch.where(done, pull, next_pull)
-        dual = torch.where(done, dual, _keep_positive(dual, dual_step))
-        point = torch.where(done, point, _keep_positive(point, step))
-        multiplier = torch.where(done, multiplier, multiplier + shift)
-    return pull / c
+    if sets.dim() < matrix.dim():
+        sets = sets.view(sets.shape[0], *(1,) * (matrix.dim() - 2), sets.shape[-1])
+    fixed, moving = _lines(matrix, toward_mean, price, sets)
+    points, slacks = [], []
+    for sign in (1.0, -1.0):
+        gain = _gain(matrix, fixed, moving, sign)
+        point = fixed + gain * moving
+        points.append(point)
+        slacks.append(times(matrix, point) + toward_mean - gain * price)
+    return torch.cat(points), torch.cat(slacks)
 
 
-def _keep_positive(value: Tensor, step: Tensor) -> Tensor:
-    """Go along `step`, at most 99.5 % of the way to the boundary of the positive orthant."""
-    reach = torch.where(step < 0, -value / step, torch.inf).amin()
-    return value + (0.995 * reach).clamp(max=1) * step
+def _lines(
+    matrix: Tensor, toward_mean: Tensor, price: Tensor, sets: Tensor
+) -> tuple[Tensor, Tensor]:
+    """On each set the point is `fixed + mu moving`."""
+    sides = torch.stack((-toward_mean, price), dim=-2)
+    fixed, moving = solve_on_sets(matrix, sides, sets).unbind(-2)
+    return fixed, moving
 
 
-def conflict_averse_pair(split: Cosines, c: float) -> Tensor:
-    r"""Closed form of `conflict_averse_weights` for two tasks.
+def _gain(matrix: Tensor, fixed: Tensor, moving: Tensor, sign: float = 1.0) -> Tensor:
+    """The mu for which `fixed + mu moving` has length 1 in the metric of the matrix, or comes nearest to it."""
+    square = (moving * times(matrix, moving)).sum(-1, keepdim=True)
+    mixed = (moving * times(matrix, fixed)).sum(-1, keepdim=True)
+    rest = (fixed * times(matrix, fixed)).sum(-1, keepdim=True) - 1
+    root = (mixed.square() - square * rest).clamp(min=0).sqrt()
+    # The form that does not cancel: one root is the quotient, the other follows from their product.
+    large = -(mixed + torch.where(mixed < 0, -root, root))
+    first = torch.where((mixed < 0) == (sign > 0), large / square, rest / large)
+    return torch.where(root == 0, -mixed / square, first)
 
-    Either the best step serves both alike: its pull along :math:`g_1 - g_2` is what makes
-    :math:`\langle g_1, d\rangle = \langle g_2, d\rangle`, and the rest of the radius goes toward the shortest
-    point of the line through both. Or one task is worse off everywhere in the ball, and gets the whole radius.
 
-    All lengths below are relative to the shorter gradient, so that nothing cancels under imbalance.
+def _search(matrix: Tensor, toward_mean: Tensor, price: Tensor, c: float) -> Tensor:
+    """Solution for radius 1 by Newton's method on the gain.
+
+    The step for a given gain is the nearest one that reaches it, a problem that `minimise` solves. Its length is a
+    convex function of the gain, so that Newton's method converges from anywhere; each of its steps is the closed form
+    on a set.
     """
-    present = (split.norms != 0).to(split.norms.dtype)
-    mean_norm = squared_norm(present, split).sqrt()
-    norms = split.norms / torch.where(present == 0, torch.inf, split.norms).amin()
-    cosine = split.matrix.diagonal(1).squeeze(0)
-    sine_squared = 1 - cosine.square()
-    sine_squared = torch.where(sine_squared < NOISE, 0.0, sine_squared)
-    first, second = norms.unbind()
-    difference = (
-        first - cosine * second,
-        second - cosine * first,
-    )  # <g1-g2, g1> / |g1| and <g2-g1, g2> / |g2|
-    length = (first * difference[0] + second * difference[1]).clamp(min=0)  # |g1 - g2|^2
-    total = (norms.square().sum() + 2 * cosine * first * second).clamp(min=0).sqrt()  # |g1 + g2|
-    radius = c * total
-    # On the scale of the sum, d = g1 + g2 + r; equal service asks for <r, g1 - g2> = |g2|^2 - |g1|^2.
-    along = (second - first) * (second + first) / length
-    across = (radius.square() - along.square() * length).clamp(min=0).sqrt()
-    altitude = (
-        (sine_squared / length).clamp(min=0).sqrt()
-    )  # shortest point of the line, over |g1| |g2|
-    share = (
-        torch.stack((second * difference[1], first * difference[0])) / length
-    )  # its weights on g1 and g2
-    lift = torch.where(altitude == 0, 0.0, across * share / (altitude * first * second))
-    both = torch.stack((along, -along)) + lift
-    # Otherwise the task that stays worse off: the one with the smaller optimum when alone.
-    alone = norms * (split.matrix @ norms + radius)
-    worse = 0.5 + 0.5 * torch.sign(
-        alone.flip(0) - alone
-    )  # (1, 0), (0, 1), or halves for equal gradients
-    only = radius * worse / norms
-    # Opposite gradients: any pull along their line is a sum of the two with positive coefficients.
-    cone = torch.where(sine_squared == 0, cosine < 0, (both >= 0).all())
-    fits = cone & (along.square() * length <= radius.square())
-    weights = 1 + torch.where(fits, both, only)
-    single = present * (1 + c)  # one task alone, or none
-    weights = torch.where(present.all() | torch.isnan(mean_norm), weights, single)
-    # The weight of a zero gradient cannot change the update, but a head may be scaled by it.
-    return torch.where((present == 0) | (mean_norm == 0), 1.0, weights)
+    gain = torch.zeros_like(price.narrow(-1, 0, 1))
+    low, high = gain - torch.inf, gain + (1 + 1 / c) * (1 + NOISE)
+    for _ in range(_ROUNDS):
+        point, slack = _nearest(matrix, toward_mean, price, gain)
+        excess = (point * times(matrix, point)).sum(-1, keepdim=True) - 1
+        long = excess > 0
+        low, high = torch.where(long, low, gain), torch.where(long, gain, high)
+        sets = (point > slack).to(point.dtype)
+        fixed, moving = _lines(matrix, toward_mean, price, sets)
+        newton = _gain(matrix, fixed, moving)
+        between = torch.where(low.isfinite(), (low + high) / 2, 2 * high - 1)
+        # Where several sets meet in one point, Newton's step on one of them may lead nowhere.
+        moves = ((newton - gain).abs() > NOISE * (1 + gain.abs())) | (excess.abs() <= NOISE)
+        gain = torch.where((newton >= low) & (newton <= high) & moves, newton, between)
+    point, slack = _nearest(matrix, toward_mean, price, gain)
+    points, slacks = _on_sets(matrix, toward_mean, price, candidate_sets(point, slack))
+    length = (point * times(matrix, point)).sum(-1, keepdim=True).sqrt()
+    points = torch.cat((points, (point / length).unsqueeze(0)))
+    slacks = torch.cat((slacks, (slack + times(matrix, point) * (1 / length - 1)).unsqueeze(0)))
+    return least_violating(points, slacks)
+
+
+def _nearest(
+    matrix: Tensor, toward_mean: Tensor, price: Tensor, gain: Tensor
+) -> tuple[Tensor, Tensor]:
+    linear = toward_mean - gain * price
+    point = minimise(matrix, linear.unsqueeze(-2)).squeeze(-2)
+    return point, times(matrix, point) + linear

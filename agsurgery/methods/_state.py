@@ -82,8 +82,8 @@ class TaskState:
                 target.index_copy_(-1, places, chosen)
 
     def load(self, entries: Mapping[str, Tensor]) -> None:
-        """Take over what `tensors` gave, here or in another process; nothing if that was empty."""
-        if "tasks" not in entries:
+        """Take over what `tensors` gave, here or in another process; nothing if that was empty, or another state's."""
+        if "tasks" not in entries or not self._entries.keys() <= entries.keys():
             return
         self._names = torch.as_tensor(entries["tasks"], dtype=torch.uint8).clone()
         self._tasks = tuple(json.loads(bytes(self._names.tolist()).decode()))

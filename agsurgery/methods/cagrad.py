@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
-from agsurgery.methods._conflict_averse import conflict_averse_pair, conflict_averse_weights
+from agsurgery.methods._conflict_averse import conflict_averse_weights
 from agsurgery.methods._cosine import cosines
 
 
@@ -70,7 +70,5 @@ class CAGrad(Method):
         self._divisor = divisors[rescale]
 
     def _solve_sum(self, problem: Problem) -> Solution:
-        split = cosines(problem.gramian)
-        solver = conflict_averse_pair if split.norms.shape[-1] == 2 else conflict_averse_weights
-        weights = solver(split, self.c) / self._divisor
-        return Solution(weights, weights.new_ones(()))
+        weights = conflict_averse_weights(cosines(problem.gramian), self.c) / self._divisor
+        return Solution(weights, problem.gramian.new_ones(problem.gramian.shape[:-2]))

@@ -29,7 +29,9 @@ def norm_restoring_scale(weights: Tensor, split: Cosines, max_scale: float | Non
 
 
 class NormRestored(Wrapper):
-    r"""Update of `method`, stretched to the norm of the plain sum: :math:`w = s\,w_m`, :math:`s = |J^\top 1| / |J^\top w_m|`.
+    r"""Update of `method`, stretched to the norm of the plain sum.
+
+    .. math:: w = s\,w_m, \qquad s = |J^\top 1| / |J^\top w_m|.
 
     Methods differ in direction and in length of step. With the length restored the learning rate of the plain sum
     stays right for all of them, and a comparison shows what the direction is worth.

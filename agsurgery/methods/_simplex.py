@@ -1,0 +1,41 @@
+r"""The shortest convex combination of the task gradients, :math:`\min_w w^\top G w` over the simplex.
+
+In coordinates :math:`u_i = w_i |g_i|` of the unit gradients, with the price :math:`a_i = 1/|g_i|` up to a common
+factor, the simplex is :math:`a^\top u = 1, u \ge 0`. Minimising
+:math:`\tfrac12 u^\top (C + a a^\top) u - a^\top u` over the orthant alone gives a multiple of the same point: with
+:math:`s = a^\top u` its conditions are :math:`C u - (1 - s) a \ge 0`, tight where u is positive, and
+:math:`0 < s \le 1`, with equality where the shortest combination is zero. So there is no equality to keep.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from agsurgery.methods._cosine import Cosines
+from agsurgery.methods._quadratic import minimise
+
+
+class Combination(NamedTuple):
+    """`point` u and `price` a, both `(..., K)`; a is 1 for the shortest gradient and 0 for an absent one."""
+
+    point: Tensor
+    price: Tensor
+
+    @property
+    def weights(self) -> Tensor:
+        """`(..., K)` convex weights of the gradients."""
+        share = self.point * self.price
+        return share / share.sum(-1, keepdim=True)
+
+
+def shortest_combination(split: Cosines) -> Combination:
+    """Solve for gradients given by norms and cosines; absent tasks get weight 0."""
+    absent = 1 - split.present
+    shortest = torch.where(split.norms == 0, torch.inf, split.norms).amin(-1, keepdim=True)
+    price = torch.where(split.norms == 0, 0.0, shortest * split.reciprocals)
+    matrix = split.matrix + price.unsqueeze(-1) * price.unsqueeze(-2) + torch.diag_embed(absent)
+    point = minimise(matrix, (absent - price).unsqueeze(-2)).squeeze(-2)
+    return Combination(point, price)

@@ -9,9 +9,7 @@ import torch
 from agsurgery import AGS, CAGrad, PCGrad
 from agsurgery.kernels import gramian
 from agsurgery.methods import resolve, solve
-from agsurgery.methods._conflict_averse import conflict_averse_weights
-from agsurgery.methods._cosine import cosines
-from agsurgery.methods._random import random_orders
+from agsurgery.methods._random import random_orders, stream
 from tests import references
 from tests.samplers import imbalanced, low_rank, pair, random
 
@@ -19,7 +17,7 @@ from tests.samplers import imbalanced, low_rank, pair, random
 def drawn_orders(method: PCGrad, tasks: int) -> list[list[int]]:
     """The orders that the method will draw next."""
     state = method.state_dict()
-    return random_orders(state["seed"], state["draws"] + 1, tasks).tolist()
+    return random_orders(stream(state["seed"], state["draws"] + 1), tasks).tolist()
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 5, 16])
@@ -100,7 +98,7 @@ def test_default_limit_of_ags_leaves_ordinary_conflicts_alone():
 def test_orders_are_permutations_of_the_other_tasks_and_all_occur():
     seed, counts = torch.tensor(7), {}
     for draw in range(600):
-        orders = random_orders(seed, torch.tensor(draw), 4)
+        orders = random_orders(stream(seed, torch.tensor(draw)), 4)
         for task, order in enumerate(orders.tolist()):
             assert sorted(order) == [j for j in range(4) if j != task]
             key = (task, *order)
@@ -157,20 +155,6 @@ def test_cagrad_does_not_fall_back_to_equal_weights_for_small_gradients(scale):
     rows = scale * imbalanced(3, 10.0)
     result = CAGrad(0.5)(rows @ rows.T)
     assert result.max() / result.min() > 1.5
-
-
-@pytest.mark.parametrize("cosine", [-1.0, -0.999, -0.5, 0.0, 0.9, 1.0])
-@pytest.mark.parametrize("ratio", [1.0, 3.0, 1e3, 1e6])
-@pytest.mark.parametrize("c", [0.3, 1.0, 1.5])
-def test_closed_form_of_cagrad_for_two_tasks_serves_the_worse_one_as_well_as_the_general_solver(
-    cosine, ratio, c
-):
-    rows = pair(cosine, 1.0, ratio)
-    matrix = rows @ rows.T
-    total = rows.sum(0).norm()
-    closed, general = CAGrad(c)(matrix), conflict_averse_weights(cosines(matrix), c)
-    assert ((closed - 1) @ rows).norm() <= (1 + 1e-6) * c * total  # within the ball
-    assert (matrix @ closed).min() >= (matrix @ general).min() - 1e-6 * total
 
 
 @pytest.mark.parametrize(

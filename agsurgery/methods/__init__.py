@@ -6,14 +6,19 @@ from agsurgery.methods._base import Method, Reduction, Solution, Weighting, solv
 from agsurgery.methods._names import register, resolve
 from agsurgery.methods.ags import AGS
 from agsurgery.methods.cagrad import CAGrad
+from agsurgery.methods.dual_proj import DualProj
+from agsurgery.methods.mgda import MGDA
 from agsurgery.methods.norm_restored import NormRestored
 from agsurgery.methods.pcgrad import PCGrad
 from agsurgery.methods.scalarization import Mean, Sum
 from agsurgery.methods.smoothed import Smoothed
+from agsurgery.methods.up_grad import UPGrad
 
 __all__ = [
     "AGS",
+    "MGDA",
     "CAGrad",
+    "DualProj",
     "Mean",
     "Method",
     "NormRestored",
@@ -22,9 +27,10 @@ __all__ = [
     "Smoothed",
     "Solution",
     "Sum",
+    "UPGrad",
     "Weighting",
     "resolve",
     "solve",
 ]
 
-register(AGS, CAGrad, Mean, PCGrad, Sum)
+register(AGS, CAGrad, DualProj, MGDA, Mean, PCGrad, Sum, UPGrad)

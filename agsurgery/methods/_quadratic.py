@@ -25,7 +25,7 @@ STEPS = 16
 """Of an interior-point method: 13 solve what is not degenerate; what is, the last candidate set makes exact."""
 
 SOLVED = 1e-15
-"""Mean product of coordinate and multiplier at which steps end, for linear terms of order one."""
+"""Mean product of coordinate and slack at which steps end, for linear terms of order one."""
 
 
 def minimise(matrix: Tensor, linear: Tensor) -> Tensor:
@@ -98,25 +98,32 @@ def _enumerate(matrix: Tensor, linear: Tensor) -> Tensor:
 
 
 def _interior_point(matrix: Tensor, linear: Tensor) -> Tensor:
-    """Mehrotra's predictor and corrector, then the exact solution on the set they point to."""
+    """Mehrotra's predictor and corrector, then exact solutions on the sets that they point to.
+
+    Newton's equations are scaled to `I + S M S` with `S^2 = diag(z / slack)`, well conditioned at the boundary.
+    Points and slacks go through all steps as one tensor, because the time goes into the number of operations.
+    """
     matrix = matrix.unsqueeze(-3)
-    point = torch.ones_like(linear)
-    dual = torch.ones_like(linear)
+    identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+    pair = linear.new_ones(2, *linear.shape)  # z, slack
     for _ in range(STEPS):
-        product = (point * dual).mean(-1, keepdim=True)
-        newton = Newton(matrix, point, dual)
-        force = -times(matrix, point) - linear
-        step = newton.solve(force)
-        dual_step = newton.dual_step(step)
-        target, second_order = newton.corrector(step, dual_step, product)
-        step = newton.solve(force + (target - second_order) / point)
-        dual_step = newton.dual_step(step) + (target - second_order) / point
-        done = product < SOLVED  # going on would only pile up rounding
-        reach = 0.995 * longest_step(point, step, dual, dual_step)
-        point = torch.where(done, point, point + reach * step)
-        dual = torch.where(done, dual, dual + reach * dual_step)
+        point, slack = pair.unbind()
+        products = point * slack
+        ratio = slack / point
+        scaling = ratio.rsqrt().unsqueeze(-1)
+        factor = torch.linalg.cholesky_ex(identity + scaling * matrix * scaling.mT)[0]
+        force = linear + times(matrix, point)
+        predictor = _step(factor, scaling, ratio, -force, -slack)
+        reach = _longest(pair, predictor)
+        left = (pair + reach * predictor).prod(0).mean(-1, keepdim=True)
+        mean = products.mean(-1, keepdim=True)
+        centring = (left.pow(3) / mean.square() - predictor.prod(0)) / point
+        step = _step(factor, scaling, ratio, centring - force, centring - slack)
+        done = mean < SOLVED  # going on would only pile up rounding
+        pair = torch.where(done, pair, pair + 0.995 * _longest(pair, step) * step)
+    point, slack = pair.unbind()
     candidates = [point.unsqueeze(0)]
-    sets = candidate_sets(point, dual)
+    sets = candidate_sets(point, slack)
     for _ in range(3):
         candidates.append(solve_on_sets(matrix, -linear.unsqueeze(-2), sets).squeeze(-2))
         # Of two opposite gradients one is enough, and with both the system leaves it open which.
@@ -125,52 +132,25 @@ def _interior_point(matrix: Tensor, linear: Tensor) -> Tensor:
     return least_violating(points, times(matrix, points) + linear)
 
 
-def candidate_sets(point: Tensor, dual: Tensor) -> Tensor:
+def _step(
+    factor: Tensor, scaling: Tensor, ratio: Tensor, force: Tensor, slack_force: Tensor
+) -> Tensor:
+    """Newton step of point and slack, `(2, ..., K)`."""
+    # Two triangular solutions: `cholesky_solve` takes three times as long for small systems.
+    half = torch.linalg.solve_triangular(factor, scaling * force.unsqueeze(-1), upper=False)
+    point = (scaling * torch.linalg.solve_triangular(factor.mT, half, upper=True)).squeeze(-1)
+    return torch.stack((point, slack_force - ratio * point))
+
+
+def _longest(pair: Tensor, step: Tensor) -> Tensor:
+    """Largest step, at most 1, that keeps points and slacks from becoming negative; `(..., 1)`."""
+    return 1 / (-step / pair).amax((0, -1)).clamp(min=1).unsqueeze(-1)
+
+
+def candidate_sets(point: Tensor, slack: Tensor) -> Tensor:
     """Sets of positive coordinates, `(3, ..., K)`, that an interior point close to the solution leaves possible.
 
-    Where a coordinate and its multiplier both vanish at the solution, they are still of one size. With or without such
+    Where a coordinate and its slack both vanish at the solution, they are still of one size. With or without such
     coordinates the solution is the same, but on a set with dependent gradients it may not be computable.
     """
-    return torch.stack([(point > ratio * dual).to(point.dtype) for ratio in (1e-4, 1.0, 1e4)])
-
-
-class Newton:
-    r"""Newton's equations :math:`(M + \mathrm{diag}(\lambda / z))\,x = s` of an interior point.
-
-    Scaled to :math:`I + S M S` with :math:`S^2 = \mathrm{diag}(z / \lambda)`, well conditioned at the boundary.
-
-    Args:
-        matrix: M, `(..., K, K)`.
-        point: z > 0, `(..., K)`.
-        dual: multipliers, positive, `(..., K)`.
-    """
-
-    def __init__(self, matrix: Tensor, point: Tensor, dual: Tensor) -> None:
-        self.point, self.dual = point, dual
-        self._scaling = (point / dual).sqrt()
-        identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
-        scaled = self._scaling.unsqueeze(-1) * matrix * self._scaling.unsqueeze(-2)
-        self._factor = torch.linalg.cholesky_ex(identity + scaled)[0]
-
-    def solve(self, side: Tensor) -> Tensor:
-        """Solution for one right-hand side `(..., K)`."""
-        side = (self._scaling * side).unsqueeze(-1)
-        return self._scaling * torch.cholesky_solve(side, self._factor).squeeze(-1)
-
-    def dual_step(self, step: Tensor) -> Tensor:
-        """Step of the multipliers that brings the products with the coordinates to zero, to first order."""
-        return -self.dual - self.dual / self.point * step
-
-    def corrector(self, step: Tensor, dual_step: Tensor, product: Tensor) -> tuple[Tensor, Tensor]:
-        """Mehrotra's target for the products, and the second-order term that the predictor left out."""
-        reach = longest_step(self.point, step, self.dual, dual_step)
-        reached = (self.point + reach * step) * (self.dual + reach * dual_step)
-        ratio = reached.mean(-1, keepdim=True) / product
-        return ratio.pow(3) * product, step * dual_step
-
-
-def longest_step(point: Tensor, step: Tensor, dual: Tensor, dual_step: Tensor) -> Tensor:
-    """Largest step, at most 1, that keeps point and multipliers from becoming negative; `(..., 1)`."""
-    value, change = torch.cat((point, dual), dim=-1), torch.cat((step, dual_step), dim=-1)
-    reach = torch.where(change < 0, -value / change, torch.inf)
-    return reach.amin(-1, keepdim=True).clamp(max=1)
+    return torch.stack([(point > ratio * slack).to(point.dtype) for ratio in (1e-4, 1.0, 1e4)])

@@ -30,7 +30,9 @@ class Wrapper(Method):
             )
 
     def _solve_inner(self, problem: Problem) -> Solution:
-        return solve(self.method, problem.gramian, problem.losses, problem.tasks)
+        if isinstance(self.method, Method):  # `solve` would check for infinities twice
+            return self.method.solve(*problem)
+        return solve(self.method, *problem)
 
     def state(self) -> Mapping[str, Tensor]:
         """The state of the method inside."""

@@ -37,10 +37,9 @@ class CAGrad(Method):
         The problem is solved on the cosines and row norms, never on raw gradients, so that its answer does
         not change when all losses are multiplied by a constant. Official and derived code hands the raw problem to a
         general solver with an absolute tolerance; for small gradients that returns equal weights. A task with a
-        zero gradient is left out, also of the mean. When some convex combination of the gradients vanishes the
-        quotient above is 0/0; the limit of the interior-point path is taken, whose
-        step is optimal up to about 1e-3 of the mean gradient: more digits would make it unbounded under the rounding
-        of a float32 Gramian.
+        zero gradient is left out, also of the mean. Where some convex combination of the gradients vanishes (up to
+        1e-6 of their squared lengths, the rounding of a float32 Gramian) the quotient above is 0/0 and several
+        steps serve the worst task alike: the one nearest to the mean gradient is taken.
 
     Example:
         >>> import torch

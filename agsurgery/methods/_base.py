@@ -9,6 +9,8 @@ from typing import ClassVar, Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from agsurgery.methods._cosine import Cosines, cosines
+
 Reduction: TypeAlias = Literal["sum", "mean"]
 """Scale of an update: of the sum of the task gradients, or of their mean (K times smaller)."""
 
@@ -19,7 +21,7 @@ Uses: TypeAlias = Literal["gramian", "losses", "rows"]
 """What a method looks at: inner products of the task gradients, values of the losses, or single coordinates."""
 
 
-class Problem(NamedTuple):
+class Problem:
     """What a method is asked to weigh.
 
     Attributes:
@@ -29,9 +31,18 @@ class Problem(NamedTuple):
         tasks: K names.
     """
 
-    gramian: Tensor
-    losses: Tensor | None
-    tasks: tuple[str, ...]
+    def __init__(self, gramian: Tensor, losses: Tensor | None, tasks: tuple[str, ...]) -> None:
+        self.gramian = gramian
+        self.losses = losses
+        self.tasks = tasks
+        self._split: Cosines | None = None
+
+    @property
+    def split(self) -> Cosines:
+        """Norms and cosines of the Gramian, computed once for a method and the methods around it."""
+        if self._split is None:  # not `cached_property`, which a compiler cannot trace
+            self._split = cosines(self.gramian)
+        return self._split
 
 
 class Solution(NamedTuple):
@@ -76,10 +87,15 @@ class Method(ABC):
         Raises:
             ValueError: the method needs losses and got none, or has no preference for one of the tasks.
         """
-        count = gramian.shape[-1]
-        names = tuple(str(i) for i in range(count)) if tasks is None else tuple(tasks)
-        weights, scale = self._solve_sum(Problem(gramian, losses, names))
-        return Solution(weights / count if self.reduction == "mean" else weights, scale)
+        names = map(str, range(gramian.shape[-1])) if tasks is None else tasks
+        return self.answer(Problem(gramian, losses, tuple(names)))
+
+    def answer(self, problem: Problem) -> Solution:
+        """Solve, on the scale asked for."""
+        weights, scale = self._solve_sum(problem)
+        if self.reduction == "mean":
+            weights = weights / problem.gramian.shape[-1]
+        return Solution(weights, scale)
 
     @abstractmethod
     def _solve_sum(self, problem: Problem) -> Solution:
@@ -217,4 +233,5 @@ def known(method: Weighting, gramian: Tensor, losses: Tensor | None) -> Tensor:
     """Whether all that `method` looks at is finite: one boolean for each block."""
     if uses(method) == "losses" and losses is not None:
         return torch.isfinite(losses).all()
-    return torch.isfinite(gramian).flatten(-2).all(-1)
+    finite = torch.isfinite(gramian)
+    return finite.all() if finite.dim() == 2 else finite.flatten(-2).all(-1)

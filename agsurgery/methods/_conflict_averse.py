@@ -31,7 +31,7 @@ from agsurgery.methods._quadratic import (
 from agsurgery.methods._simplex import shortest_combination
 
 _ROUNDS = 12
-"""Of the search beyond the enumerated sizes, each one `minimise`: enough for imbalance of 1e6 and dependent gradients."""
+"""Of the search beyond the enumerated sizes: enough for imbalance of 1e6 and for dependent gradients."""
 
 
 def conflict_averse_weights(split: Cosines, c: float) -> Tensor:

@@ -31,8 +31,8 @@ class Wrapper(Method):
 
     def _solve_inner(self, problem: Problem) -> Solution:
         if isinstance(self.method, Method):  # `solve` would check for infinities twice
-            return self.method.solve(*problem)
-        return solve(self.method, *problem)
+            return self.method.answer(problem)
+        return solve(self.method, problem.gramian, problem.losses, problem.tasks)
 
     def state(self) -> Mapping[str, Tensor]:
         """The state of the method inside."""

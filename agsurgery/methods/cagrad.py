@@ -6,7 +6,6 @@ import math
 
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
 from agsurgery.methods._conflict_averse import conflict_averse_weights
-from agsurgery.methods._cosine import cosines
 
 
 class CAGrad(Method):
@@ -69,5 +68,5 @@ class CAGrad(Method):
         self._divisor = divisors[rescale]
 
     def _solve_sum(self, problem: Problem) -> Solution:
-        weights = conflict_averse_weights(cosines(problem.gramian), self.c) / self._divisor
+        weights = conflict_averse_weights(problem.split, self.c) / self._divisor
         return Solution(weights, problem.gramian.new_ones(problem.gramian.shape[:-2]))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
-from agsurgery.methods._cosine import cosines
 from agsurgery.methods._dual_cone import project
 from agsurgery.methods._preference import PerTask, Preference
 
@@ -46,7 +45,7 @@ class DualProj(Method):
         self.preference = PerTask(preference, "preference")
 
     def _solve_sum(self, problem: Problem) -> Solution:
-        split = cosines(problem.gramian)
+        split = problem.split
         shares = self.preference.tensor(problem.tasks, split.norms) * split.norms
         longest = shares.amax(-1, keepdim=True)
         longest = torch.where(longest == 0, 1.0, longest)

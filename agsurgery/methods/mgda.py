@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
-from agsurgery.methods._cosine import cosines
 from agsurgery.methods._simplex import shortest_combination
 
 Normalisation: TypeAlias = Literal["none", "norm", "loss", "loss+norm"]
@@ -61,7 +60,7 @@ class MGDA(Method):
         self.normalization: Normalisation = normalization
 
     def _solve_sum(self, problem: Problem) -> Solution:
-        split = cosines(problem.gramian)
+        split = problem.split
         lengths = torch.ones_like(split.norms) if "norm" in self.normalization else split.norms
         if "loss" in self.normalization:
             lengths = lengths / self._positive_losses(problem)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from agsurgery.methods._base import Problem, Reduction, Solution, Weighting
-from agsurgery.methods._cosine import NOISE, Cosines, cosines, squared_norm
+from agsurgery.methods._cosine import NOISE, Cosines, squared_norm
 from agsurgery.methods._wrapper import Wrapper
 
 
@@ -76,5 +76,5 @@ class NormRestored(Wrapper):
 
     def _solve_sum(self, problem: Problem) -> Solution:
         weights = self._solve_inner(problem).weights
-        scale = norm_restoring_scale(weights, cosines(problem.gramian), self.max_scale)
+        scale = norm_restoring_scale(weights, problem.split, self.max_scale)
         return Solution(scale.unsqueeze(-1) * weights, scale)

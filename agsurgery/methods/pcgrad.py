@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from agsurgery.methods._base import Problem, Solution
-from agsurgery.methods._cosine import Cosines, cosines
+from agsurgery.methods._cosine import Cosines
 from agsurgery.methods._random import RandomlyOrdered
 
 
@@ -71,6 +71,6 @@ class PCGrad(RandomlyOrdered):
     """
 
     def _solve_sum(self, problem: Problem) -> Solution:
-        split = cosines(problem.gramian)
+        split = problem.split
         weights = pcgrad_weights(split, self._orders(problem.gramian))
         return Solution(weights, torch.ones_like(weights.narrow(-1, 0, 1).squeeze(-1)))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
-from agsurgery.methods._cosine import cosines
 from agsurgery.methods._dual_cone import project
 from agsurgery.methods._preference import PerTask, Preference
 
@@ -48,7 +47,7 @@ class UPGrad(Method):
         self.preference = PerTask(preference, "preference")
 
     def _solve_sum(self, problem: Problem) -> Solution:
-        split = cosines(problem.gramian)
+        split = problem.split
         # pi is linear in the length of its argument, so the K problems start from unit vectors at any imbalance.
         projections = project(split, torch.diag_embed(split.present))
         shares = self.preference.tensor(problem.tasks, split.norms) * split.norms

@@ -101,8 +101,13 @@ class Spectrum:
         self.kept = (values > NOISE * values.narrow(-1, 0, 1)).to(values.dtype)
         self.values = values * self.kept
 
-    def pseudo_inverse(self, vector: Tensor) -> Tensor:
-        """:math:`C^+ v` for `(..., K)` vectors."""
-        coordinates = (self.vectors.mT @ vector.unsqueeze(-1)).squeeze(-1)
-        inverse = torch.where(self.kept == 0, 0.0, 1 / self.values)
-        return (self.vectors @ (inverse * coordinates).unsqueeze(-1)).squeeze(-1)
+    def least_squares(self, target: Tensor) -> Tensor:
+        """The shortest y with C y nearest to `target`, both `(..., K)`; zero where only rounding is near to it.
+
+        So it is for exactly opposite gradients and equal targets: nothing has equal cosines with both.
+        """
+        coordinates = (self.vectors.mT @ target.unsqueeze(-1)).squeeze(-1) * self.kept
+        reached = coordinates.square().sum(-1, keepdim=True)
+        noise = reached <= NOISE * target.square().sum(-1, keepdim=True)
+        solved = torch.where((self.kept == 0) | noise, 0.0, coordinates / self.values)
+        return (self.vectors @ solved.unsqueeze(-1)).squeeze(-1)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
-from agsurgery.methods._cosine import NOISE, Cosines, times
+from agsurgery.methods._cosine import Cosines, times
 from agsurgery.methods._preference import PerTask, Preference
 from agsurgery.methods._spectral import Spectrum
 
@@ -26,7 +26,7 @@ class ConFIG(Method):
 
     Guarantees: while the gradients are linearly independent no task is opposed, and with equal preferences all have
     the same positive cosine with the update. Dependent gradients (more tasks than dimensions, for instance) have no
-    such direction in general; the least-squares solution taken then may oppose some.
+    such direction in general; the least-squares solution taken then may oppose some, and is zero for exactly opposite ones.
 
     Args:
         length: `"projection"` is the length above; `"min"`, `"max"`, `"harmonic"`, `"arithmetic"` and `"geometric"` put
@@ -69,12 +69,11 @@ class ConFIG(Method):
     def _solve_sum(self, problem: Problem) -> Solution:
         split = problem.split
         target = self.preference.tensor(problem.tasks, split.norms) * split.present
-        point = Spectrum(split).pseudo_inverse(target)  # on the unit gradients
+        point = Spectrum(split).least_squares(target)  # on the unit gradients
         cosines = times(split.matrix, point)
         squared = (point * cosines).sum(-1, keepdim=True)
-        noise = squared <= NOISE * point.abs().sum(-1, keepdim=True).square()
         length = (self._lengths(split) * cosines).sum(-1, keepdim=True)
-        point = torch.where(noise, 0.0, length / squared * point)
+        point = torch.where(squared > 0, length / squared * point, 0.0)
         weights = torch.where(split.norms == 0, 1.0, point * split.reciprocals)
         return Solution(weights, problem.gramian.new_ones(problem.gramian.shape[:-2]))
 

@@ -44,7 +44,7 @@ class IMTLG(Method):
 
     def _solve_sum(self, problem: Problem) -> Solution:
         split = problem.split
-        share = Spectrum(split).pseudo_inverse(split.present) * split.reciprocals
+        share = Spectrum(split).least_squares(split.present) * split.reciprocals
         total = share.sum(-1, keepdim=True)
         exists = total.abs() > NOISE * share.abs().sum(-1, keepdim=True)
         count = split.present.sum(-1, keepdim=True)

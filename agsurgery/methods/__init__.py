@@ -10,6 +10,7 @@ from agsurgery.methods.cagrad import CAGrad
 from agsurgery.methods.con_fig import ConFIG
 from agsurgery.methods.dual_proj import DualProj
 from agsurgery.methods.fair_grad import FairGrad
+from agsurgery.methods.grad_vac import GradVac
 from agsurgery.methods.imtl_g import IMTLG
 from agsurgery.methods.mgda import MGDA
 from agsurgery.methods.nash_mtl import NashMTL
@@ -28,6 +29,7 @@ __all__ = [
     "ConFIG",
     "DualProj",
     "FairGrad",
+    "GradVac",
     "Mean",
     "Method",
     "NashMTL",

@@ -71,6 +71,17 @@ class Draws:
         """`seed` and `draws`, 0-d int64."""
         return {"seed": self._seed, "draws": self._draws}
 
+    def load(self, entries: Mapping[str, Tensor]) -> None:
+        """Take over what `tensors` gave.
+
+        Raises:
+            KeyError: an entry is missing.
+        """
+        for name, value in self.tensors().items():
+            if name not in entries:
+                raise KeyError(f"A random state needs {name!r}. Got {sorted(entries)}.")
+            value.copy_(torch.as_tensor(entries[name]))
+
     def next(self, device: torch.device) -> Tensor:
         """A 0-d int64 on `device` from which to hash the numbers of the next draw."""
         if self._draws.device != device:

@@ -13,7 +13,34 @@ Example:
 """
 
 from agsurgery.backward import backward
-from agsurgery.methods import AGS, CAGrad, Mean, PCGrad, Sum
+from agsurgery.methods import (
+    AGS,
+    DWA,
+    FAMO,
+    GLS,
+    IMTLG,
+    MGDA,
+    RLW,
+    STCH,
+    UW,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    DualProj,
+    FairGrad,
+    Fixed,
+    GradDrop,
+    GradVac,
+    Mean,
+    NashMTL,
+    NormRestored,
+    PCGrad,
+    Random,
+    Smoothed,
+    Sum,
+    TrimmedMean,
+    UPGrad,
+)
 from agsurgery.optimizer import GradientSurgery, unwrap
 from agsurgery.report import SurgeryReport
 
@@ -21,12 +48,33 @@ __version__ = "0.1.0.dev0"
 
 __all__ = [
     "AGS",
+    "DWA",
+    "FAMO",
+    "GLS",
+    "IMTLG",
+    "MGDA",
+    "RLW",
+    "STCH",
+    "UW",
+    "AlignedMTL",
     "CAGrad",
+    "ConFIG",
+    "DualProj",
+    "FairGrad",
+    "Fixed",
+    "GradDrop",
+    "GradVac",
     "GradientSurgery",
     "Mean",
+    "NashMTL",
+    "NormRestored",
     "PCGrad",
+    "Random",
+    "Smoothed",
     "Sum",
     "SurgeryReport",
+    "TrimmedMean",
+    "UPGrad",
     "backward",
     "unwrap",
 ]

@@ -1,4 +1,3 @@
-# LEAD: helper, I have written this file myself meanwhile; do not overwrite it. Write only your tests file against it, fix true bugs you find, and report soon.
 r"""The stationary point of a fair utility: :math:`C y = c\,y^{-1/\alpha}`, :math:`y > 0`, on the cosine matrix C.
 
 It is the minimum of a strictly convex function. Newton's method takes y and the utility's slope :math:`\lambda` as

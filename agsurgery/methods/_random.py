@@ -40,7 +40,7 @@ def stream(seed: Tensor, draw: Tensor) -> Tensor:
 def uniform(start: Tensor, count: int, offset: int = 0) -> Tensor:
     """`(count,)` float64 numbers in (0, 1), number `offset` and following of the draw that begins at `start`."""
     index = torch.arange(offset, offset + count, device=start.device)
-    return (_shift_right(hashed(start + index), 11) + 0.5) * 2.0**-53
+    return (_shift_right(hashed(start + index), 11).double() + 0.5) * 2.0**-53
 
 
 def random_orders(start: Tensor, tasks: int) -> Tensor:

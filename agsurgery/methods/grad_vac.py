@@ -24,8 +24,9 @@ class GradVac(RandomlyOrdered):
     .. math:: g_i' \leftarrow g_i' + \frac{|g_i'|\,(\hat\phi_{ij} \sqrt{1 - \phi^2} - \phi \sqrt{1 - \hat\phi_{ij}^2})}
         {|g_j| \sqrt{1 - \hat\phi_{ij}^2}}\; g_j,
 
-    after which the cosine is the target; and always :math:`\hat\phi_{ij} \leftarrow (1 - \beta) \hat\phi_{ij} + \beta \phi`.
-    The update is :math:`\sum_i g_i'`. Targets start at 0: the first step, and all steps with :math:`\beta = 0`, are PCGrad.
+    after which the cosine is the target; and always :math:`\hat\phi_{ij} \leftarrow (1 - \beta) \hat\phi_{ij} + \beta
+    \phi`. The update is :math:`\sum_i g_i'`. Targets start at 0: the first step, and all steps with :math:`\beta =
+    0`, are PCGrad.
 
     Guarantees: none of non-conflict beyond PCGrad's, and that only while the targets are 0.
 
@@ -39,8 +40,8 @@ class GradVac(RandomlyOrdered):
         ValueError: `beta` is outside [0, 1].
 
     Note:
-        Targets are kept for each ordered pair of tasks, by name, and follow every cosine measured, as in the paper; some
-        code updates them only at a conflict, after which they can never rise. Targets are used up to 1 - 1e-6 in
+        Targets are kept for each ordered pair of tasks, by name, and follow every cosine measured, as in the paper;
+        some code updates them only at a conflict, after which they can never rise. Targets are used up to 1 - 1e-6 in
         size; pairs of which one gradient is zero, or was turned to nothing, are left alone and teach nothing.
 
     Example:

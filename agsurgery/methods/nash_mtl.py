@@ -1,4 +1,3 @@
-# LEAD: helper, I have written this file myself meanwhile; do not overwrite it. Write only your tests file against it, fix true bugs you find, and report soon.
 """NashMTL: the Nash bargaining solution between the tasks."""
 
 from __future__ import annotations

@@ -69,17 +69,18 @@ class TaskState:
         old = self.read(tasks, like)
         for name, value in values.items():
             order, _ = self._entries[name]
-            chosen = torch.where(where.view(*where.shape, *(1,) * order), value, old[name])
+            chosen = where.view(*where.shape, *(1,) * order)
             target = self._tensors[name]
             if self._tasks == tuple(tasks) or order == 0:
-                target.copy_(chosen)
+                torch.where(chosen, value, target, out=target)
                 continue
+            value = torch.where(chosen, value, old[name])
             places = self._places(tasks, target.device)
             if order == 2:
-                rows = target.index_select(-2, places).index_copy(-1, places, chosen)
+                rows = target.index_select(-2, places).index_copy(-1, places, value)
                 target.index_copy_(-2, places, rows)
             else:
-                target.index_copy_(-1, places, chosen)
+                target.index_copy_(-1, places, value)
 
     def load(self, entries: Mapping[str, Tensor]) -> None:
         """Take over what `tensors` gave, here or in another process; nothing if that was empty, or another state's."""

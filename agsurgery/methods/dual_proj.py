@@ -32,7 +32,7 @@ class DualProj(Method):
     Example:
         >>> import torch
         >>> DualProj()(torch.tensor([[4.0, -1.0], [-1.0, 0.5]], dtype=torch.float64))
-        tensor([1., 2.], dtype=torch.float64)
+        tensor([1.0000, 2.0000], dtype=torch.float64)
 
     References:
         Lopez-Paz and Ranzato, [Gradient Episodic Memory for Continual

@@ -22,7 +22,7 @@ class Random(Method):
 
     Example:
         >>> import torch
-        >>> float(Random()(torch.eye(4, dtype=torch.float64)).sum())
+        >>> round(float(Random()(torch.eye(4, dtype=torch.float64)).sum()), 6)
         4.0
     """
 

@@ -20,7 +20,7 @@ class RLW(LossMethod):
 
     Example:
         >>> import torch
-        >>> float(RLW()(torch.ones(4)).sum())
+        >>> round(float(RLW()(torch.ones(4)).sum()), 6)
         4.0
 
     References:

@@ -6,10 +6,29 @@
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 
-from agsurgery import AGS, CAGrad, Mean, PCGrad, Sum
-from agsurgery.methods import MGDA, DualProj, Method, NormRestored, UPGrad
+from agsurgery import (
+    AGS,
+    IMTLG,
+    MGDA,
+    AlignedMTL,
+    CAGrad,
+    ConFIG,
+    DualProj,
+    FairGrad,
+    GradVac,
+    Mean,
+    NashMTL,
+    NormRestored,
+    PCGrad,
+    Random,
+    Smoothed,
+    Sum,
+    UPGrad,
+)
+from agsurgery.methods import Method
 
-ANY, PAIRS, NEVER, INDEPENDENT = "any K", "K ≤ 2", "no", "independent gradients"
+ANY, PAIRS, NEVER = "any K", "K ≤ 2", "no"
+INDEPENDENT, SOLVABLE = "independent gradients", "where all can gain"
 """For how many tasks, or for which gradients, a law holds."""
 
 
@@ -36,14 +55,22 @@ COLUMNS = {
 TABLE = {
     "Sum": Laws(Sum, ANY, ANY, NEVER, ANY, ANY),
     "Mean": Laws(Mean, NEVER, NEVER, NEVER, ANY, NEVER),
+    "Random": Laws(Random, NEVER, NEVER, NEVER, NEVER, NEVER),
     "AGS": Laws(AGS, ANY, ANY, PAIRS, PAIRS, PAIRS),
     "PCGrad": Laws(PCGrad, ANY, NEVER, PAIRS, PAIRS, PAIRS),
+    "GradVac": Laws(GradVac, ANY, NEVER, PAIRS, PAIRS, PAIRS),
     "CAGrad(0.5)": Laws(lambda: CAGrad(0.5), NEVER, NEVER, NEVER, ANY, ANY),
     "CAGrad(1)": Laws(lambda: CAGrad(1.0), NEVER, NEVER, ANY, ANY, ANY),
     "MGDA": Laws(MGDA, NEVER, NEVER, ANY, ANY, ANY),
     "UPGrad": Laws(UPGrad, ANY, NEVER, ANY, ANY, ANY),
     "DualProj": Laws(DualProj, ANY, NEVER, ANY, ANY, ANY),
+    "IMTLG": Laws(IMTLG, NEVER, NEVER, NEVER, ANY, ANY),
+    "NashMTL": Laws(NashMTL, NEVER, SOLVABLE, ANY, ANY, ANY),
+    "FairGrad(2)": Laws(lambda: FairGrad(2.0), NEVER, SOLVABLE, ANY, ANY, ANY),
+    "AlignedMTL": Laws(AlignedMTL, NEVER, NEVER, NEVER, ANY, ANY),
+    "ConFIG": Laws(ConFIG, NEVER, NEVER, INDEPENDENT, ANY, ANY),
     "NormRestored(UPGrad())": Laws(lambda: NormRestored(UPGrad()), ANY, ANY, ANY, ANY, ANY),
+    "Smoothed(UPGrad())": Laws(lambda: Smoothed(UPGrad()), NEVER, NEVER, NEVER, ANY, ANY),
 }
 
 

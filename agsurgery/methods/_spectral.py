@@ -66,12 +66,8 @@ def jacobi_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     columns = columns.gather(-1, ranks.unsqueeze(-2).expand_as(columns))
     vectors = vectors.gather(-1, ranks.unsqueeze(-2).expand_as(vectors))
     left = torch.where(values.unsqueeze(-2) == 0, 0.0, columns / values.unsqueeze(-2))
-    inside = slice(0, size)
-    return (
-        left[..., inside, inside],
-        values[..., inside],
-        vectors[..., inside, inside].mT,
-    )
+    left, vectors = (m.narrow(-1, 0, size).narrow(-2, 0, size) for m in (left, vectors))
+    return left, values.narrow(-1, 0, size), vectors.mT
 
 
 def _tournament(width: int, device: torch.device) -> Tensor:

@@ -98,7 +98,8 @@ class GradVac(RandomlyOrdered):
         if orders is not None:
             return orders
         tasks = gramian.shape[-1]
-        return torch.arange(tasks - 1, -1, -1, device=gramian.device).view(tasks, 1)[:, : tasks - 1]
+        others = torch.arange(tasks - 1, -1, -1, device=gramian.device)
+        return others.view(tasks, 1).narrow(1, 0, tasks - 1)
 
     def state(self) -> Mapping[str, Tensor]:
         """Targets by task, and seed and number of the random orders drawn so far."""

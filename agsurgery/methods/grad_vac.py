@@ -1,4 +1,4 @@
-"""GradVac: turn task gradients until they are as aligned with each other as they usually are."""
+"""GradVac: raise the cosine of each pair of task gradients to what it usually is."""
 
 from __future__ import annotations
 
@@ -8,31 +8,74 @@ import torch
 from torch import Tensor
 
 from agsurgery.methods._base import Problem, Reduction, Solution, known
-from agsurgery.methods._cosine import NOISE
+from agsurgery.methods._cosine import NOISE, Cosines
 from agsurgery.methods._random import RandomlyOrdered
 from agsurgery.methods._state import TaskState
 
-_NEARLY_ONE = 1 - NOISE  # targets beyond would ask for an infinite multiple of a parallel gradient
+_LIMIT = (1 - NOISE) ** 0.5  # of a target's size: beyond, cosines differ by rounding only
+
+
+def vaccinate(split: Cosines, targets: Tensor, orders: Tensor) -> tuple[Tensor, Tensor]:
+    r"""Weights of the summed GradVac update, and the cosines that were met on the way.
+
+    As in `pcgrad_weights`, all tasks advance together, and row i of `change` holds what has been added to
+    :math:`g_i`, in units of :math:`|g_i|` on unit vectors. In the same units the current :math:`g_i'` has the length
+    `length` and, along :math:`g_j`, the component `along`; `across` is what is left beside it and stays as it is.
+
+    Args:
+        split: norms and cosines of the Gramian.
+        targets: `(..., K, K)`, the cosine to which :math:`g_i'` is raised against :math:`g_j`.
+        orders: `(K, K - 1)` indices, row i an order of the tasks other than i.
+
+    Returns:
+        `(..., K)` weights, and `(..., K, K)` cosines, equal to `targets` where there was none to measure.
+    """
+    present = split.present.unsqueeze(-1) * split.present.unsqueeze(-2) > 0
+    change, met = torch.zeros_like(split.matrix), targets.clone()
+    length = torch.ones_like(split.norms).unsqueeze(-1)
+    for against in orders.unbind(1):
+        place = against.unsqueeze(1).expand(*split.norms.shape, 1)
+        columns = split.matrix.index_select(-2, against)
+        along = split.matrix.gather(-1, place) + (change * columns).sum(-1, keepdim=True)
+        across = ((length - along) * (length + along)).clamp(min=0).sqrt()
+        parts = 1 + change.abs().sum(-1, keepdim=True)
+        there, old = present.gather(-1, place), targets.gather(-1, place)
+        clear = there & (length.square() > NOISE * parts.square())
+        # Rounding noise has no cosine to be raised: it loses what points against g_j, as in PCGrad.
+        target = torch.where(clear, old.clamp(-_LIMIT, _LIMIT), 0.0)
+        raised = there & (along < target * length)
+        sine = (1 - target.square()).sqrt()
+        added = torch.where(raised, target / sine * across - along, 0.0)
+        met.scatter_(-1, place, torch.where(clear, (along / length).clamp(-1, 1), old))
+        change.scatter_add_(-1, place, added)
+        length = torch.where(raised, across / sine, length)
+    weights = 1 + (split.norms.unsqueeze(-1) * change).sum(-2) * split.reciprocals
+    return weights, met
 
 
 class GradVac(RandomlyOrdered):
-    r"""Gradient vaccine: where the cosine of two gradients is below its running mean, it is raised to that.
+    r"""Gradient vaccine: PCGrad with a target cosine for each pair of tasks, learned on the way.
 
     For each task i, :math:`g_i' = g_i`; then for each other j in random order, with
     :math:`\phi = \cos(g_i', g_j)` and the target :math:`\hat\phi_{ij}`, if :math:`\phi < \hat\phi_{ij}`,
 
-    .. math:: g_i' \leftarrow g_i' + \frac{|g_i'|\,(\hat\phi_{ij} \sqrt{1 - \phi^2} - \phi \sqrt{1 - \hat\phi_{ij}^2})}
-        {|g_j| \sqrt{1 - \hat\phi_{ij}^2}}\; g_j,
+    .. math:: g_i' \leftarrow g_i' + \frac{|g_i'|}{|g_j|}\,
+        \frac{\hat\phi_{ij}\sqrt{1 - \phi^2} - \phi\sqrt{1 - \hat\phi_{ij}^2}}{\sqrt{1 - \hat\phi_{ij}^2}}\; g_j,
 
-    after which the cosine is the target; and always :math:`\hat\phi_{ij} \leftarrow (1 - \beta) \hat\phi_{ij} + \beta
-    \phi`. The update is :math:`\sum_i g_i'`. Targets start at 0: the first step, and all steps with :math:`\beta =
-    0`, are PCGrad.
+    which makes the cosine :math:`\hat\phi_{ij}`; and in either case, conflict or not,
+    :math:`\hat\phi_{ij} \leftarrow (1 - \beta)\,\hat\phi_{ij} + \beta\,\phi`. The update is :math:`\sum_i g_i'`. Targets
+    start from 0, where the method is PCGrad, and are kept by task name, for each block of parameters by itself.
 
-    Guarantees: none of non-conflict beyond PCGrad's, and that only while the targets are 0.
+    Guarantees: with `beta=0`, and in the first step, those of PCGrad and its weights to the last bit. Later none:
+    a negative target lets the update of two tasks oppose one of them, and a positive one changes
+    gradients that do not conflict. The more :math:`\phi` falls below a target near 1, the longer the update.
+
+    A task without a gradient changes nothing for the others of that step but the random orders, and
+    its targets stay as they are. Where two gradients are opposite and cancel, the noise that is left has no
+    cosine: it changes no target.
 
     Args:
-        beta: rate of the running mean, between 0 and 1. TorchJD and LibMTL use 0.5; the default is the smaller value
-            of the paper's experiments, with which the mean spans about a hundred steps.
+        beta: weight of the newest cosine in the targets, between 0 and 1.
         seed: of the random orders (three tasks and more). Equal seeds give equal orders on every rank.
         reduction: see `Method`; the paper sums.
 
@@ -40,23 +83,28 @@ class GradVac(RandomlyOrdered):
         ValueError: `beta` is outside [0, 1].
 
     Note:
-        Targets are kept for each ordered pair of tasks, by name, and follow every cosine measured, as in the paper;
-        some code updates them only at a conflict, after which they can never rise. Targets are used up to 1 - 1e-6 in
-        size; pairs of which one gradient is zero, or was turned to nothing, are left alone and teach nothing.
+        Targets are used up to :math:`\sqrt{1 - 10^{-6}}` in size: for equal gradients the formula would otherwise
+        divide the rounding of one step by that of another. The constant `beta` is reported to be 0.01 in the paper's
+        experiments (not checked against the text); LibMTL and TorchJD have 0.5. Cosines of a
+        step with a gradient that is not finite do not enter the targets.
 
     Example:
         >>> import torch
-        >>> method = GradVac(beta=1.0)
-        >>> method(torch.tensor([[1.0, 0.6], [0.6, 1.0]], dtype=torch.float64))
+        >>> method = GradVac(beta=0.5)
+        >>> cosine = lambda c: torch.tensor([[1.0, c], [c, 1.0]], dtype=torch.float64)
+        >>> method(cosine(0.96))  # targets 0, later 0.48
         tensor([1., 1.], dtype=torch.float64)
-        >>> method(torch.eye(2, dtype=torch.float64))  # the target is 0.6 now: 0.6 / 0.8 of the other is added
+        >>> method(cosine(0.72))  # targets 0.6
+        tensor([1., 1.], dtype=torch.float64)
+        >>> method(cosine(0.0))  # 1 + 0.6 / 0.8
         tensor([1.7500, 1.7500], dtype=torch.float64)
 
     References:
-        Wang et al., [Gradient Vaccine](https://arxiv.org/abs/2010.05874), 2021, equations 2 and 3, Algorithm 1.
+        Wang et al., [Gradient Vaccine: Investigating and Improving Multi-task Optimization in Massively Multilingual
+        Models](https://arxiv.org/abs/2010.05874), 2021, Algorithm 1.
     """
 
-    def __init__(self, beta: float = 0.01, *, seed: int = 0, reduction: Reduction = "sum") -> None:
+    def __init__(self, beta: float = 1e-2, *, seed: int = 0, reduction: Reduction = "sum") -> None:
         super().__init__(seed=seed, reduction=reduction)
         if not 0 <= beta <= 1:
             raise ValueError(f"`beta` must be between 0 and 1. Got {beta}.")
@@ -64,52 +112,31 @@ class GradVac(RandomlyOrdered):
         self._targets = TaskState(target=(2, 0.0))
 
     def _solve_sum(self, problem: Problem) -> Solution:
-        norms, matrix = problem.split.norms, problem.split.matrix
-        old = self._targets.read(problem.tasks, norms)["target"]
-        targets = old.clone()
-        # Row i holds the coefficients on unit vectors, in units of |g_i|, of what has been added to g_i so far.
-        change = torch.zeros_like(matrix)
-        own = problem.split.present.unsqueeze(-1)  # squared length of the unit vector to start from
-        for against in self._visits(problem.gramian).unbind(1):
-            places = against.unsqueeze(1).expand(*norms.shape, 1)
-            columns = matrix.index_select(-2, against)
-            inner = matrix.gather(-1, places) + (change * columns).sum(-1, keepdim=True)
-            turned = (change @ matrix * change).sum(-1, keepdim=True)
-            length = own + 2 * (change * matrix).sum(-1, keepdim=True) + turned
-            usable = (length > NOISE) & (columns.gather(-1, places) > 0)
-            length = length.clamp(min=NOISE).sqrt()
-            cosine = (inner / length).clamp(-1, 1)
-            target = targets.gather(-1, places)
-            bounded = target.clamp(-_NEARLY_ONE, _NEARLY_ONE)
-            sine, target_sine = (1 - cosine.square()).sqrt(), (1 - bounded.square()).sqrt()
-            missing = length * (bounded * sine / target_sine - cosine)
-            added = torch.where(usable & (cosine < bounded), missing, 0.0)
-            change = change.scatter_add(-1, places, added)
-            learnt = torch.where(usable, (1 - self.beta) * target + self.beta * cosine, target)
-            targets = targets.scatter(-1, places, learnt)
+        split = problem.split
+        like = split.norms
+        if like.shape[-1] == 1:
+            return Solution(torch.ones_like(like), torch.ones_like(like.squeeze(-1)))
+        orders = self._orders(problem.gramian)
+        if orders is None:  # two tasks: each meets the other
+            orders = torch.arange(1, -1, -1, device=like.device).unsqueeze(1)
+        targets = self._targets.read(problem.tasks, like)["target"]
+        weights, met = vaccinate(split, targets, orders)
+        new = {"target": (1 - self.beta) * targets + self.beta * met}
         finite = known(self, problem.gramian, problem.losses)
-        self._targets.write(problem.tasks, norms, {"target": targets}, finite)
-        weights = 1 + (norms.unsqueeze(-1) * change).sum(-2) * problem.split.reciprocals
-        return Solution(weights, problem.gramian.new_ones(problem.gramian.shape[:-2]))
-
-    def _visits(self, gramian: Tensor) -> Tensor:
-        """`(K, K - 1)`, row i the other tasks in the order in which i meets them."""
-        orders = self._orders(gramian)
-        if orders is not None:
-            return orders
-        tasks = gramian.shape[-1]
-        others = torch.arange(tasks - 1, -1, -1, device=gramian.device)
-        return others.view(tasks, 1).narrow(1, 0, tasks - 1)
+        self._targets.write(problem.tasks, like, new, finite)
+        return Solution(weights, torch.ones_like(like.narrow(-1, 0, 1).squeeze(-1)))
 
     def state(self) -> Mapping[str, Tensor]:
-        """Targets by task, and seed and number of the random orders drawn so far."""
+        """Those of the random orders, and `target` `(..., K, K)` with the names of the `tasks`."""
         return {**super().state(), **self._targets.tensors()}
 
     def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
         """Take over a saved state.
 
         Raises:
-            KeyError: the seed or the number of draws is missing.
+            KeyError: an entry of the random orders is missing.
         """
-        self._random.load(state_dict)
-        self._targets.load(state_dict)
+        targets = TaskState(target=(2, 0.0))
+        targets.load(state_dict)
+        super().load_state_dict({**state_dict, **self._targets.tensors()})
+        self._targets = targets  # none, if the saved method had taken no step

@@ -29,6 +29,8 @@ def fair_point(matrix: Tensor, price: Tensor, alpha: float) -> Tensor:
         y `(..., K)`; zero where the update is a rounding error of its parts, as when there is no solution because some
         convex combination of the gradients vanishes.
     """
+    if alpha == 1 and matrix.shape[-1] == 2:
+        return _pair(matrix, price)
     identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
     matrix = matrix + _RIDGE * identity
     point = price ** (alpha / (1 + alpha))  # the solution for orthogonal gradients
@@ -53,3 +55,19 @@ def fair_point(matrix: Tensor, price: Tensor, alpha: float) -> Tensor:
         slope = torch.where(done, slope, slope + reach * slope_step)
     length = (price * point * slope).sum(-1, keepdim=True)  # squared, of the update
     return torch.where(length <= NOISE * point.sum(-1, keepdim=True).square(), 0.0, point)
+
+
+def _pair(matrix: Tensor, price: Tensor) -> Tensor:
+    """Closed form for two tasks and alpha = 1: of the quadratic equations for y_1 and y_2 the positive solution."""
+    cosine = matrix.diagonal(1, -2, -1)
+    # With r = y_2 / y_1: y_1^2 (1 + cos r) = c_1 and y_1^2 (r^2 + cos r) = c_2.
+    first, second = price.narrow(-1, 0, 1), price.narrow(-1, 1, 1)
+    slope = cosine * (second - first)
+    root = (slope.square() + 4 * first * second).sqrt()
+    ratio = torch.where(slope < 0, 2 * second / (root - slope), (slope + root) / (2 * first))
+    length = first / (1 + cosine * ratio)
+    point = torch.where(length > 0, length, 0.0).sqrt() * torch.cat(
+        (torch.ones_like(ratio), ratio), -1
+    )
+    noise = price.sum(-1, keepdim=True) <= NOISE * point.sum(-1, keepdim=True).square()
+    return torch.where(noise | point.isinf().any(-1, keepdim=True), 0.0, point)

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from agsurgery.methods._cosine import Cosines
+from agsurgery.methods._cosine import NOISE, Cosines
 from agsurgery.methods._quadratic import minimise
 
 
@@ -36,6 +36,16 @@ def shortest_combination(split: Cosines) -> Combination:
     absent = 1 - split.present
     shortest = torch.where(split.norms == 0, torch.inf, split.norms).amin(-1, keepdim=True)
     price = torch.where(split.norms == 0, 0.0, shortest * split.reciprocals)
+    if price.shape[-1] == 2:
+        return Combination(_pair(split, price), price)
     matrix = split.matrix + price.unsqueeze(-1) * price.unsqueeze(-2) + torch.diag_embed(absent)
     point = minimise(matrix, (absent - price).unsqueeze(-2)).squeeze(-2)
     return Combination(point, price)
+
+
+def _pair(split: Cosines, price: Tensor) -> Tensor:
+    r"""A multiple of the point for two tasks: :math:`u \propto C^{-1} a`, or one task alone where that is negative."""
+    rest = price - split.matrix.diagonal(1, -2, -1) * price.flip(-1)
+    # Equal gradients leave nothing but rounding, and may be mixed in any proportion.
+    equal = rest.amax(-1, keepdim=True) <= NOISE**2
+    return torch.where(equal, split.present, rest.clamp(min=0))

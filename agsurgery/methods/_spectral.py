@@ -79,6 +79,22 @@ def _tournament(width: int, device: torch.device) -> Tensor:
     return torch.tensor(top + bottom, device=device)
 
 
+def least_squares(split: Cosines, target: Tensor) -> Tensor:
+    """The shortest y with C y nearest to `target`, both `(..., K)`; zero where only rounding is near to it.
+
+    So it is for exactly opposite gradients and equal targets: nothing has equal cosines with both.
+    """
+    if (
+        target.shape[-1] == 2
+    ):  # the eigenvectors are (1, 1) and (1, -1), or (1, 0) and (0, 1) beside an absent task
+        cosine = split.matrix.diagonal(1, -2, -1)
+        mean = target.mean(-1, keepdim=True)
+        half = torch.where(1 + cosine <= NOISE, 0.0, mean / (1 + cosine))
+        other = torch.where(1 - cosine <= NOISE, 0.0, (target - mean) / (1 - cosine))
+        return half + other
+    return Spectrum(split).least_squares(target)
+
+
 class Spectrum:
     r"""Eigenvalues and eigenvectors of the cosine matrix, without those that are rounding noise.
 
@@ -97,10 +113,7 @@ class Spectrum:
         self.values = values * self.kept
 
     def least_squares(self, target: Tensor) -> Tensor:
-        """The shortest y with C y nearest to `target`, both `(..., K)`; zero where only rounding is near to it.
-
-        So it is for exactly opposite gradients and equal targets: nothing has equal cosines with both.
-        """
+        """See the function of this name."""
         coordinates = (self.vectors.mT @ target.unsqueeze(-1)).squeeze(-1) * self.kept
         reached = coordinates.square().sum(-1, keepdim=True)
         noise = reached <= NOISE * target.square().sum(-1, keepdim=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
 from agsurgery.methods._cosine import Cosines, times
 from agsurgery.methods._preference import PerTask, Preference
-from agsurgery.methods._spectral import Spectrum
+from agsurgery.methods._spectral import least_squares
 
 Length: TypeAlias = Literal["projection", "min", "max", "harmonic", "arithmetic", "geometric"]
 
@@ -70,7 +70,7 @@ class ConFIG(Method):
     def _solve_sum(self, problem: Problem) -> Solution:
         split = problem.split
         target = self.preference.tensor(problem.tasks, split.norms) * split.present
-        point = Spectrum(split).least_squares(target)  # on the unit gradients
+        point = least_squares(split, target)  # on the unit gradients
         cosines = times(split.matrix, point)
         squared = (point * cosines).sum(-1, keepdim=True)
         length = (self._lengths(split) * cosines).sum(-1, keepdim=True)

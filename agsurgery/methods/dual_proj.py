@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
+from agsurgery.methods._cosine import times
 from agsurgery.methods._dual_cone import project
 from agsurgery.methods._preference import PerTask, Preference
 
@@ -47,8 +48,11 @@ class DualProj(Method):
     def _solve_sum(self, problem: Problem) -> Solution:
         split = problem.split
         shares = self.preference.tensor(problem.tasks, split.norms) * split.norms
-        longest = shares.amax(-1, keepdim=True)
-        longest = torch.where(longest == 0, 1.0, longest)
-        coordinates = longest * project(split, (shares / longest).unsqueeze(-2)).squeeze(-2)
+        if shares.shape[-1] == 2:  # the sum opposes one of two at most
+            coordinates = shares - times(split.matrix, shares).clamp(max=0)
+        else:
+            longest = shares.amax(-1, keepdim=True)
+            longest = torch.where(longest == 0, 1.0, longest)
+            coordinates = longest * project(split, (shares / longest).unsqueeze(-2)).squeeze(-2)
         weights = torch.where(split.norms == 0, 1.0, coordinates * split.reciprocals)
         return Solution(weights, problem.gramian.new_ones(problem.gramian.shape[:-2]))

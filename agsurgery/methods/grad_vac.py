@@ -63,8 +63,8 @@ class GradVac(RandomlyOrdered):
         \frac{\hat\phi_{ij}\sqrt{1 - \phi^2} - \phi\sqrt{1 - \hat\phi_{ij}^2}}{\sqrt{1 - \hat\phi_{ij}^2}}\; g_j,
 
     which makes the cosine :math:`\hat\phi_{ij}`; and in either case, conflict or not,
-    :math:`\hat\phi_{ij} \leftarrow (1 - \beta)\,\hat\phi_{ij} + \beta\,\phi`. The update is :math:`\sum_i g_i'`. Targets
-    start from 0, where the method is PCGrad, and are kept by task name, for each block of parameters by itself.
+    :math:`\hat\phi_{ij} \leftarrow (1 - \beta)\,\hat\phi_{ij} + \beta\,\phi`. The update is :math:`\sum_i g_i'`.
+    Targets start from 0, where the method is PCGrad, and are kept by task name, for each block of parameters by itself.
 
     Guarantees: with `beta=0`, and in the first step, those of PCGrad and its weights to the last bit. Later none:
     a negative target lets the update of two tasks oppose one of them, and a positive one changes

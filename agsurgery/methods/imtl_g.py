@@ -6,7 +6,7 @@ import torch
 
 from agsurgery.methods._base import Method, Problem, Solution
 from agsurgery.methods._cosine import NOISE
-from agsurgery.methods._spectral import Spectrum
+from agsurgery.methods._spectral import least_squares
 
 
 class IMTLG(Method):
@@ -43,7 +43,7 @@ class IMTLG(Method):
 
     def _solve_sum(self, problem: Problem) -> Solution:
         split = problem.split
-        share = Spectrum(split).least_squares(split.present) * split.reciprocals
+        share = least_squares(split, split.present) * split.reciprocals
         total = share.sum(-1, keepdim=True)
         exists = total.abs() > NOISE * share.abs().sum(-1, keepdim=True)
         count = split.present.sum(-1, keepdim=True)

@@ -48,9 +48,13 @@ class UPGrad(Method):
 
     def _solve_sum(self, problem: Problem) -> Solution:
         split = problem.split
-        # pi is linear in the length of its argument, so the K problems start from unit vectors at any imbalance.
-        projections = project(split, torch.diag_embed(split.present))
         shares = self.preference.tensor(problem.tasks, split.norms) * split.norms
-        coordinates = (shares.unsqueeze(-1) * projections).sum(-2)
+        if shares.shape[-1] == 2:  # each loses its component against the other, as in PCGrad
+            overlap = split.matrix.diagonal(1, -2, -1).clamp(max=0)
+            coordinates = shares - overlap * shares.flip(-1)
+        else:
+            # pi is linear in the length of its argument: from unit vectors, imbalance costs no digits.
+            projections = project(split, torch.diag_embed(split.present))
+            coordinates = (shares.unsqueeze(-1) * projections).sum(-2)
         weights = torch.where(split.norms == 0, 1.0, coordinates * split.reciprocals)
         return Solution(weights, problem.gramian.new_ones(problem.gramian.shape[:-2]))

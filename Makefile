@@ -55,6 +55,7 @@ check: $(VENV)/.dev
 ## bench: measure; results go to benchmarks/results
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.step_cost
+	$(BIN)/python -m benchmarks.solver_cost
 
 ## docs: build the documentation, warnings are errors
 docs: $(VENV)/.docs

@@ -58,7 +58,7 @@ TABLE = {
     "Random": Laws(Random, NEVER, NEVER, NEVER, NEVER, NEVER),
     "AGS": Laws(AGS, ANY, ANY, PAIRS, PAIRS, PAIRS),
     "PCGrad": Laws(PCGrad, ANY, NEVER, PAIRS, PAIRS, PAIRS),
-    "GradVac": Laws(GradVac, ANY, NEVER, PAIRS, PAIRS, PAIRS),
+    "GradVac": Laws(GradVac, NEVER, NEVER, NEVER, PAIRS, PAIRS),
     "CAGrad(0.5)": Laws(lambda: CAGrad(0.5), NEVER, NEVER, NEVER, ANY, ANY),
     "CAGrad(1)": Laws(lambda: CAGrad(1.0), NEVER, NEVER, ANY, ANY, ANY),
     "MGDA": Laws(MGDA, NEVER, NEVER, ANY, ANY, ANY),

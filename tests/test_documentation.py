@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import agsurgery
+from tests.method_laws import markdown
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -44,6 +45,19 @@ def test_readme_shows_the_output_of_its_example():
     assert number.sub("#", printed.getvalue()).split() == number.sub("#", shown).split()
     values = [[float(n) for n in number.findall(output)] for output in (printed.getvalue(), shown)]
     assert values[0] == pytest.approx(values[1], rel=0.05, abs=0.02)
+
+
+def test_methods_page_prints_the_table_of_laws():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    shown = re.search(r"<!-- laws -->\n(.*?)\n<!-- end of laws -->", text, flags=re.DOTALL).group(1)
+    # `python -m tests.method_laws` prints what belongs there.
+    assert shown.strip() == markdown()
+
+
+def test_methods_page_names_every_method():
+    text = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+    names = set(agsurgery.__all__) - {"GradientSurgery", "SurgeryReport", "backward", "unwrap"}
+    assert [name for name in sorted(names) if f"`{name}(" not in text] == []
 
 
 def test_quickstart_prints_both_methods(capsys):

@@ -191,7 +191,7 @@ def test_aligned_agrees_with_torchjd_on_balanced_gradients(mode):
 
 
 def test_aligned_opposes_the_shorter_of_two_gradients_exactly_as_its_docstring_says():
-    for cosine in (-0.5, -0.8, -0.95):
+    for cosine in (-0.5, -0.82, -0.95):
         for ratio in (1.0, 2.0, 5.0, 20.0, 1e3):
             rows = pair(cosine, 1.0, ratio)
             gain = rows[0] @ (AlignedMTL()(rows @ rows.T) @ rows)
@@ -225,8 +225,8 @@ def test_jacobi_decomposes_like_lapack_and_keeps_the_digits_of_small_columns(siz
 def test_an_accelerator_gets_the_same_update(monkeypatch, method, sampler, tasks):
     rows = SAMPLERS[sampler](tasks)
     expected = method(rows @ rows.T) @ rows
-    for module in ("_spectral", "aligned_mtl"):
-        monkeypatch.setattr(f"agsurgery.methods.{module}.svd", jacobi_svd)
+    monkeypatch.setattr("agsurgery.methods.aligned_mtl.svd", jacobi_svd)
+    monkeypatch.setattr("agsurgery.methods._spectral.symmetric", lambda m: jacobi_svd(m)[:2])
     update = method(rows @ rows.T) @ rows
     torch.testing.assert_close(update, expected, rtol=1e-7, atol=1e-7 * rows.norm().item())
 

@@ -68,8 +68,8 @@ class Method(ABC):
         self.reduction: Reduction = reduction
 
     def __call__(self, gramian: Tensor) -> Tensor:
-        """Return the `(..., K)` weights for a `(..., K, K)` Gramian of task gradients."""
-        return self.solve(gramian).weights
+        """Return the `(..., K)` weights for a `(..., K, K)` Gramian of task gradients; NaN if that is not finite."""
+        return solve(self, gramian).weights
 
     def solve(
         self,
@@ -135,7 +135,7 @@ class LossMethod(Method):
     def __call__(self, losses: Tensor) -> Tensor:
         """Return the `(K,)` weights for `(K,)` values of the losses."""
         unknown = torch.full_like(losses, torch.nan).diag_embed()
-        return self.solve(unknown, losses.detach()).weights
+        return solve(self, unknown, losses.detach()).weights
 
     def _solve_sum(self, problem: Problem) -> Solution:
         if problem.losses is None:

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from agsurgery.methods._cosine import NOISE, times
 
-_STEPS = 40  # ten solve most problems, eighteen an imbalance of 1e6 at alpha = 2
-_RIDGE = 1e-12  # bounds y where gradients are exactly opposite and there is no solution
+_STEPS = 24  # ten solve most problems, eighteen an imbalance of 1e6 at alpha = 2
+_RIDGE = 1e-15  # bounds y where gradients are exactly opposite and there is no solution
 _SOLVED = 1e-14
 
 
@@ -35,7 +35,7 @@ def fair_point(matrix: Tensor, price: Tensor, alpha: float) -> Tensor:
     matrix = matrix + _RIDGE * identity
     point = price ** (alpha / (1 + alpha))  # the solution for orthogonal gradients
     slope = point ** (-1 / alpha)
-    for _ in range(_STEPS):
+    for _ in range(_STEPS if 0.5 <= alpha <= 2 else 2 * _STEPS):
         pull = price * slope
         gap = times(matrix, point) - pull
         mismatch = point.log() + alpha * slope.log()

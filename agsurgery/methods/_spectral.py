@@ -11,8 +11,6 @@ from torch import Tensor
 
 from agsurgery.methods._cosine import NOISE, Cosines
 
-_SWEEPS = 10  # quadratic convergence: seven were enough for 33 columns graded by 1e6
-
 
 def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Singular value decomposition :math:`A = U S V^T`.
@@ -25,15 +23,23 @@ def svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         an accelerator.
     """
     if matrix.device.type == "cpu":
-        left, values, right = torch.linalg.svd(torch.nan_to_num(matrix, 0.0, 0.0, 0.0))
-        return left, values + _poison(matrix), right
+        left, values, right = torch.linalg.svd(_finite(matrix))
+        return left, values, right
     return jacobi_svd(matrix)
 
 
-def _poison(matrix: Tensor) -> Tensor:
-    """NaN for matrices that are not finite, which LAPACK would refuse; else 0."""
-    finite = torch.isfinite(matrix).flatten(-2).all(-1, keepdim=True)
-    return torch.where(finite, 0.0, torch.nan).to(matrix.dtype)
+def symmetric(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvectors, in columns, and eigenvalues of a positive semidefinite matrix, in any order."""
+    if matrix.device.type == "cpu":
+        values, vectors = torch.linalg.eigh(_finite(matrix))
+        return vectors, values
+    vectors, values, _ = jacobi_svd(matrix)
+    return vectors, values
+
+
+def _finite(matrix: Tensor) -> Tensor:
+    """LAPACK refuses NaN and infinity; the answer for them is made NaN later, by `solve`."""
+    return torch.nan_to_num(matrix, 0.0, 0.0, 0.0)
 
 
 def jacobi_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -48,8 +54,7 @@ def jacobi_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     columns = torch.nn.functional.pad(matrix, padding)
     vectors = torch.eye(width, dtype=matrix.dtype, device=matrix.device).expand_as(columns)
     stacked = torch.cat((columns, vectors), dim=-2)  # both are rotated alike
-    order = _tournament(width, matrix.device)
-    for _ in range(_SWEEPS * (width - 1)):
+    for _ in range(_sweeps(size) * (width - 1)):
         first, second = stacked.chunk(2, dim=-1)
         a, b = first.narrow(-2, 0, width), second.narrow(-2, 0, width)
         inner = (a * b).sum(-2, keepdim=True)
@@ -58,7 +63,7 @@ def jacobi_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         angle = torch.where(difference < 0, -angle, angle)
         cosine, sine = angle.cos(), angle.sin()
         rotated = (cosine * first - sine * second, sine * first + cosine * second)
-        stacked = torch.cat(rotated, dim=-1).index_select(-1, order)
+        stacked = _next_round(*rotated)
     columns, vectors = stacked.chunk(2, dim=-2)
     values = columns.square().sum(-2).sqrt()
     ranks = values.argsort(dim=-1, descending=True)
@@ -70,13 +75,22 @@ def jacobi_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return left, values.narrow(-1, 0, size), vectors.mT
 
 
-def _tournament(width: int, device: torch.device) -> Tensor:
-    """Seats after one round: the first stays, all others move on by one, around both halves."""
-    half = width // 2
-    top, bottom = list(range(half)), list(range(half, width))
-    if half > 1:
-        top, bottom = [top[0], bottom[0], *top[1:-1]], [*bottom[1:], top[-1]]
-    return torch.tensor(top + bottom, device=device)
+def _sweeps(size: int) -> int:
+    """At least one more than nearly equal gradients need, which converge last: 4 for 3, 7 for 8, 12 for 32."""
+    return 3 + 2 * (size - 1).bit_length()
+
+
+def _next_round(first: Tensor, second: Tensor) -> Tensor:
+    """All columns in their seats for the next round: the first stays, all others move on by one, around both halves.
+
+    By slices, since an index made on the host could not be copied in a CUDA graph.
+    """
+    half = first.shape[-1]
+    if half == 1:
+        return torch.cat((first, second), dim=-1)
+    start, middle, end = torch.split(first, [1, half - 2, 1], dim=-1)
+    joining, moving = torch.split(second, [1, half - 1], dim=-1)
+    return torch.cat((start, joining, middle, moving, end), dim=-1)
 
 
 def least_squares(split: Cosines, target: Tensor) -> Tensor:
@@ -103,13 +117,13 @@ class Spectrum:
 
     Attributes:
         vectors: `(..., K, K)`, one eigenvector in each column.
-        values: `(..., K)` eigenvalues in descending order, 0 for those below `NOISE` times the largest.
+        values: `(..., K)` eigenvalues, 0 for those below `NOISE` times the largest.
         kept: `(..., K)`, 1 for the others and 0 for those.
     """
 
     def __init__(self, split: Cosines) -> None:
-        self.vectors, values, _ = svd(split.matrix)
-        self.kept = (values > NOISE * values.narrow(-1, 0, 1)).to(values.dtype)
+        self.vectors, values = symmetric(split.matrix)
+        self.kept = (values > NOISE * values.amax(-1, keepdim=True)).to(values.dtype)
         self.values = values * self.kept
 
     def least_squares(self, target: Tensor) -> Tensor:

@@ -18,8 +18,8 @@ Length: TypeAlias = Literal["projection", "min", "max", "harmonic", "arithmetic"
 class ConFIG(Method):
     r"""Conflict-free inverse gradients: the direction of equal cosines, as long as all projections on it together.
 
-    .. math:: x = D^{-1} C^+ p, \qquad u = x / \sqrt{x^\top G x}, \qquad w = \Big(\sum_i \langle g_i, J^\top
-    u\rangle\Big) u
+    .. math:: x = D^{-1} C^+ p, \qquad u = x / \sqrt{x^\top G x}, \qquad
+        w = \Big(\sum_i \langle g_i, J^\top u\rangle\Big) u
 
     with row norms D, cosines C and preferences p: the cosine of the update with :math:`g_i` is proportional to
     :math:`p_i`, and its length is the sum of the projections of the gradients on it.

@@ -216,7 +216,7 @@ def test_length_of_the_aligned_update_is_that_of_the_preference(scale):
 
 @every_method
 @pytest.mark.parametrize("sampler", SAMPLERS)
-@pytest.mark.parametrize("tasks", [1, 2, 3, 7, 32])
+@pytest.mark.parametrize("tasks", [1, 2, 3, 32])
 @pytest.mark.parametrize("factor", [1e-8, 1e8])
 def test_weights_do_not_depend_on_the_scale_of_the_losses(name, sampler, tasks, factor):
     if tasks == 1 and sampler == "opposite":
@@ -233,6 +233,13 @@ def test_one_task_has_weight_one_and_an_absent_one_too(name):
     torch.testing.assert_close(method(gramian(random(1))), torch.ones(1, dtype=torch.float64))
     assert method(torch.zeros(3, 3, dtype=torch.float64)).tolist() == [1.0] * 3
     assert method(gramian(SAMPLERS["zero row"](4)))[-1] == 1
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_an_absent_task_changes_no_length_of_config(length):
+    rows = imbalanced(3, 10.0)
+    method, padded = ConFIG(length=length), torch.nn.functional.pad(rows, (0, 0, 0, 1))
+    torch.testing.assert_close(method(gramian(padded))[:3], method(gramian(rows)))
 
 
 @every_method
@@ -264,13 +271,27 @@ def test_blocks_are_solved_each_on_its_own(name, tasks):
     assert weights[5].isfinite().all()
 
 
+def with_noise(matrix: Tensor) -> Tensor:
+    """The Gramian as float32 sums leave it."""
+    noise = random(len(matrix), len(matrix), seed=9).clamp(-1, 1)
+    return matrix * (1 + 2e-7 * (noise + noise.T) / 2)
+
+
 @every_method
 @pytest.mark.parametrize("tasks", [2, 3, 9])
 def test_float32_noise_of_duplicates_is_not_taken_for_a_direction(name, tasks):
-    rows = SAMPLERS["duplicated"](tasks).float()
-    noisy = (rows @ rows.T).double()
-    step, expected = METHODS[name]()(noisy) @ rows.double(), update(name, rows.double())
-    assert (step - expected).norm() <= 1e-4 * rows.norm()
+    rows = SAMPLERS["duplicated"](tasks)
+    step = METHODS[name]()(with_noise(gramian(rows))) @ rows
+    assert (step - update(name, rows)).norm() <= 1e-4 * rows.norm()
+
+
+@pytest.mark.parametrize("name", ["config", "config geometric", "imtlg"])
+@pytest.mark.parametrize("pairs", [1, 2, 4])
+def test_nothing_is_done_where_each_gradient_has_its_opposite(name, pairs):
+    rows = imbalanced(pairs, 10.0)
+    rows = torch.cat((rows, -2 * rows))
+    for matrix in (gramian(rows), with_noise(gramian(rows))):
+        assert METHODS[name]()(matrix).abs().max() == 0
 
 
 @every_method
@@ -341,11 +362,11 @@ def test_every_two_columns_meet_once_in_a_sweep(width):
     assert seats.tolist() == list(range(width))
 
 
-@pytest.mark.parametrize("size", [*range(1, 10), 16, 17, 32, 33])
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 5, 8, 9, 16, 32, 33])
 def test_jacobi_converges_for_what_converges_last(size):
     """Gradients that are nearly equal, in a batch beside zeros and dependent ones."""
-    spread = torch.tensor([0.1, 0.03, 0.01], dtype=torch.float64).view(3, 1, 1)
-    near = units(random(1, size) + spread * random(3 * size, size, 1).view(3, size, size))
+    spread = torch.logspace(-1, -2, 30, dtype=torch.float64).view(30, 1, 1)
+    near = units(random(1, size) + spread * random(30 * size, size, 1).view(30, size, size))
     dependent = units(random(size, max(1, size // 2)))
     products = [*gramian(near), gramian(dependent), torch.zeros(size, size, dtype=torch.float64)]
     matrices = torch.stack(products)

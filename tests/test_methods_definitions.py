@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+import agsurgery
 from agsurgery import AGS, CAGrad, PCGrad
 from agsurgery.kernels import gramian
 from agsurgery.methods import resolve, solve
@@ -168,6 +169,30 @@ def test_cagrad_rescales_as_its_options_say(rescale, divisor):
 def test_methods_are_found_by_name():
     assert isinstance(resolve("ags"), AGS)
     assert isinstance(resolve("PCGrad"), PCGrad)
+
+
+def test_every_method_that_needs_no_arguments_has_a_name():
+    classes = [getattr(agsurgery, name) for name in agsurgery.__all__]
+    methods = [
+        c for c in classes if isinstance(c, type) and issubclass(c, agsurgery.methods.Method)
+    ]
+    needy = {agsurgery.Fixed, agsurgery.NormRestored, agsurgery.Smoothed}
+    assert {type(resolve(m.__name__.lower())) for m in methods if m not in needy} == set(
+        methods
+    ) - needy
+
+
+@pytest.mark.parametrize("name", ["UPGrad", "DualProj", "PCGrad", "MGDA", "AlignedMTL", "IMTLG"])
+def test_weightings_of_torchjd_are_methods(name):
+    import torchjd.aggregation
+
+    weighting = getattr(torchjd.aggregation, f"{name}Weighting")()
+    rows = random(3, 6)
+    x = torch.zeros(6, dtype=torch.float64, requires_grad=True)
+    report = agsurgery.backward([row @ x for row in rows], [x], weighting)
+    torch.testing.assert_close(x.grad, report.weights @ rows)
+    restored = agsurgery.NormRestored(weighting)
+    assert restored(rows @ rows.T).isfinite().all()
 
 
 def test_any_callable_from_gramian_to_weights_is_a_method():

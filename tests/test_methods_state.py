@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 
-from agsurgery import AGS, PCGrad
+from agsurgery import AGS, GradientSurgery, PCGrad
 from agsurgery.methods import NormRestored, Smoothed, solve
 from agsurgery.methods._state import TaskState
 from tests.samplers import random
@@ -128,3 +128,50 @@ def test_wrappers_refuse_what_has_no_weights_and_settings_out_of_range():
         NormRestored("pcgrad", max_scale=-1.0)
     with pytest.raises(ValueError, match="must be one of"):
         NormRestored("psgrad")
+
+
+def train(optimizer, weight, steps):
+    for step in steps:
+        targets = random(3, 4, seed=step)
+        losses = {name: (weight - t).square().sum() for name, t in zip("abc", targets, strict=True)}
+        if step % 3 == 2:
+            del losses["b"]  # absent from this batch
+        optimizer.zero_grad()
+        optimizer.backward(losses)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("method", ["gradvac", "uw", "dwa", "famo", "rlw", "random", "smoothed"])
+@pytest.mark.parametrize("load", ["wrapper", "base before wrapping"])
+def test_an_optimizer_resumed_from_a_file_makes_identical_steps(method, load):
+    make = (lambda: Smoothed("gradvac")) if method == "smoothed" else (lambda: method)
+    weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    optimizer = GradientSurgery(torch.optim.SGD([weight], lr=0.1, momentum=0.5), make())
+    train(optimizer, weight, range(5))
+    file = io.BytesIO()
+    torch.save({"optimizer": optimizer.state_dict(), "weight": weight.detach()}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=True)
+
+    resumed = torch.nn.Parameter(saved["weight"])
+    base = torch.optim.SGD([resumed], lr=0.1, momentum=0.5)
+    if load == "wrapper":
+        other = GradientSurgery(base, make())
+        other.load_state_dict(saved["optimizer"])
+    else:
+        base.load_state_dict(saved["optimizer"])
+        other = GradientSurgery(base, make())
+    train(optimizer, weight, range(5, 10))
+    train(other, resumed, range(5, 10))
+    assert torch.equal(weight, resumed)
+
+
+def test_a_state_of_another_method_is_left_alone():
+    weight = torch.nn.Parameter(torch.zeros(4, dtype=torch.float64))
+    smoothed = GradientSurgery(torch.optim.SGD([weight], lr=0.1), Smoothed("gradvac"))
+    train(smoothed, weight, range(3))
+    vaccine = GradientSurgery(torch.optim.SGD([weight], lr=0.1), "gradvac")
+    vaccine.load_state_dict(smoothed.state_dict())
+    assert "target" not in vaccine.method.state()
+    train(vaccine, weight, range(3))
+    assert weight.isfinite().all()

@@ -25,8 +25,9 @@ class IMTLG(Method):
         reduction: see `Method`. The paper's weights sum to 1, which is the scale of the mean.
 
     Note:
-        The direction is that of `ConFIG`; only the length differs. For dependent gradients the pseudo-inverse is that
-        of the cosines, where TorchJD takes that of the Gramian: this way the direction does not depend on the norms.
+        The direction is that of `ConFIG`, or the opposite one where the weights' sum before scaling is negative; the
+        length differs. For dependent gradients the pseudo-inverse is that of the cosines, where TorchJD takes that of
+        the Gramian: this way the direction does not depend on the norms.
         Where the sum of the weights is rounding (1e-6 of the sum of their sizes) no such combination exists and the
         weights are zero. The loss part of the paper, IMTL-L, is `UW` up to the sign of its parameters. A zero gradient
         is an absent task.

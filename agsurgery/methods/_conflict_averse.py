@@ -151,6 +151,7 @@ def _search(matrix: Tensor, toward_mean: Tensor, price: Tensor, c: float) -> Ten
 def _nearest(
     matrix: Tensor, toward_mean: Tensor, price: Tensor, gain: Tensor
 ) -> tuple[Tensor, Tensor]:
+    """Point and slack of the nearest step with a given gain."""
     linear = toward_mean - gain * price
     point = minimise(matrix, linear.unsqueeze(-2)).squeeze(-2)
     return point, times(matrix, point) + linear

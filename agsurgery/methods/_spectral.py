@@ -98,9 +98,8 @@ def least_squares(split: Cosines, target: Tensor) -> Tensor:
 
     So it is for exactly opposite gradients and equal targets: nothing has equal cosines with both.
     """
-    if (
-        target.shape[-1] == 2
-    ):  # the eigenvectors are (1, 1) and (1, -1), or (1, 0) and (0, 1) beside an absent task
+    if target.shape[-1] == 2:
+        # The eigenvectors are (1, 1) and (1, -1), which serves as well beside an absent task, at cosine 0.
         cosine = split.matrix.diagonal(1, -2, -1)
         mean = target.mean(-1, keepdim=True)
         half = torch.where(1 + cosine <= NOISE, 0.0, mean / (1 + cosine))

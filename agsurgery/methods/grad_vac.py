@@ -39,14 +39,17 @@ def vaccinate(split: Cosines, targets: Tensor, orders: Tensor) -> tuple[Tensor, 
         along = split.matrix.gather(-1, place) + (change * columns).sum(-1, keepdim=True)
         across = ((length - along) * (length + along)).clamp(min=0).sqrt()
         parts = 1 + change.abs().sum(-1, keepdim=True)
+        noise = NOISE**0.5 * parts
         there, old = present.gather(-1, place), targets.gather(-1, place)
-        clear = there & (length.square() > NOISE * parts.square())
-        # Rounding noise has no cosine to be raised: it loses what points against g_j, as in PCGrad.
-        target = torch.where(clear, old.clamp(-_LIMIT, _LIMIT), 0.0)
+        # The raise is in proportion to what is across g_j. Where that is rounding noise, it would be blown up:
+        # only what points against g_j is taken away, as in PCGrad.
+        target = torch.where(there & (across > noise), old.clamp(-_LIMIT, _LIMIT), 0.0)
         raised = there & (along < target * length)
         sine = (1 - target.square()).sqrt()
         added = torch.where(raised, target / sine * across - along, 0.0)
-        met.scatter_(-1, place, torch.where(clear, (along / length).clamp(-1, 1), old))
+        met.scatter_(
+            -1, place, torch.where(there & (length > noise), (along / length).clamp(-1, 1), old)
+        )
         change.scatter_add_(-1, place, added)
         length = torch.where(raised, across / sine, length)
     weights = 1 + (split.norms.unsqueeze(-1) * change).sum(-2) * split.reciprocals
@@ -92,11 +95,11 @@ class GradVac(RandomlyOrdered):
         >>> import torch
         >>> method = GradVac(beta=0.5)
         >>> cosine = lambda c: torch.tensor([[1.0, c], [c, 1.0]], dtype=torch.float64)
-        >>> method(cosine(0.96))  # targets 0, later 0.48
+        >>> method(cosine(0.96))  # targets 0, then 0.48
         tensor([1., 1.], dtype=torch.float64)
-        >>> method(cosine(0.72))  # targets 0.6
+        >>> method(cosine(0.72))  # targets 0.48, then 0.6
         tensor([1., 1.], dtype=torch.float64)
-        >>> method(cosine(0.0))  # 1 + 0.6 / 0.8
+        >>> method(cosine(0.0))  # raised to 0.6: 1 + 0.6 / 0.8
         tensor([1.7500, 1.7500], dtype=torch.float64)
 
     References:

@@ -356,7 +356,7 @@ def test_a_state_without_its_draws_is_refused_and_changes_nothing(missing, fresh
 
 @pytest.mark.parametrize("beta", [-0.1, 1.1, math.nan])
 def test_beta_is_a_weight(beta):
-    with pytest.raises(ValueError, match="`beta` must be between 0 and 1. Got"):
+    with pytest.raises(ValueError, match=r"`beta` must be between 0 and 1\. Got"):
         GradVac(beta)
 
 

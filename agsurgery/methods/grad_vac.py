@@ -124,7 +124,7 @@ class GradVac(RandomlyOrdered):
             orders = torch.arange(1, -1, -1, device=like.device).unsqueeze(1)
         targets = self._targets.read(problem.tasks, like)["target"]
         weights, met = vaccinate(split, targets, orders)
-        new = {"target": (1 - self.beta) * targets + self.beta * met}
+        new = {"target": targets.lerp(met, self.beta)}  # exact where both are equal
         finite = known(self, problem.gramian, problem.losses)
         self._targets.write(problem.tasks, like, new, finite)
         return Solution(weights, torch.ones_like(like.narrow(-1, 0, 1).squeeze(-1)))

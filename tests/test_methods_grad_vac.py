@@ -62,14 +62,14 @@ def correlated(tasks: int, step: int) -> Tensor:
 def test_update_and_targets_equal_those_of_explicit_vectors_over_several_steps(tasks, beta, scale):
     method, targets = GradVac(beta, seed=3), torch.zeros(tasks, tasks, dtype=torch.float64)
     raised = 0
-    for step in range(8):
+    for step in range(12):
         rows = scale * correlated(tasks, step)
         expected = reference(rows, targets, next_orders(method, tasks), beta)
         update = method(gramian(rows)) @ rows
-        raised += not torch.allclose(expected, rows.sum(0))
+        raised += (expected - rows.sum(0)).norm() > 1e-6 * scale
         torch.testing.assert_close(update / scale, expected / scale, rtol=1e-8, atol=1e-10)
         torch.testing.assert_close(targets_of(method), targets, rtol=1e-9, atol=1e-12)
-    assert raised >= 3  # or the comparison would say little
+    assert raised >= 2  # or the comparison would say little
 
 
 @pytest.mark.parametrize("ratio", [1.0, 1e3, 1e6])
@@ -183,12 +183,8 @@ def test_relabelling_two_tasks_relabels_the_weights_whatever_they_remember():
         torch.testing.assert_close(one, other.flip(0))
 
 
-def float32_gramian(rows: Tensor) -> Tensor:
-    return (rows.float() @ rows.float().T).double()
-
-
 @pytest.mark.parametrize("tasks", [2, 3, 5])
-def test_equal_gradients_with_the_rounding_of_float32_stay_the_plain_sum(tasks):
+def test_equal_gradients_with_the_error_of_the_kernel_stay_the_plain_sum(tasks):
     """Cosines and targets are 1 up to rounding: the formula divides the rounding of one by that of the other."""
     method = GradVac(beta=0.5)
     for step in range(60):
@@ -196,7 +192,7 @@ def test_equal_gradients_with_the_rounding_of_float32_stay_the_plain_sum(tasks):
             1
         )
         noise = 1 + 2e-7 * (random(tasks, tasks, seed=step).clamp(-1, 1))
-        weights = method(float32_gramian(rows) * (noise + noise.T) / 2)
+        weights = method(gramian(rows) * (noise + noise.T) / 2)
         torch.testing.assert_close(weights, torch.ones_like(weights), rtol=0, atol=1e-5)
 
 

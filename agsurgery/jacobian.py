@@ -1,159 +1,21 @@
-"""Which parameters each loss reaches, and the gradients of the shared ones as rows of flat, persistent storage."""
+"""The gradients of the shared parameters, one row per task, in flat, persistent storage."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from agsurgery import kernels
+from agsurgery.blocks import Blocks
+from agsurgery.sharding import Placement, local, placement_of, rewrapped
+from agsurgery.sparse import SparseRows
 
-Root: TypeAlias = GradientEdge
-"""Where the backward pass of one loss starts."""
-
-
-@dataclass(frozen=True)
-class Reach:
-    """What a walk over the autograd graph of K losses found, before any backward pass.
-
-    Attributes:
-        leaves: for each loss, the leaf tensors that it reaches, in the order of the walk's parameter list.
-        retain: for each loss, whether a later loss needs part of its graph.
-        others: leaf parameters reached that were not in the list asked about.
-        reentrant: whether a reentrant checkpoint lies on the way, which `torch.autograd.grad` cannot see through.
-    """
-
-    leaves: list[list[Tensor]]
-    retain: list[bool]
-    others: list[Tensor]
-    reentrant: bool
-
-
-def gradient_root(loss: Tensor) -> Root | None:
-    """Edge of the graph that computed `loss`, or None for a constant."""
-    return get_gradient_edge(loss) if loss.requires_grad else None
-
-
-def stacked_roots(losses: Tensor) -> list[Root | None]:
-    """Roots of the elements of a 1-D tensor of losses.
-
-    For the result of `torch.stack` these are the roots of the scalars that went in: through an index every element
-    would seem to reach everything that any of them reaches, and heads could not be told from shared parameters.
-    """
-    edge = gradient_root(losses)
-    hooked = losses._backward_hooks  # a hook on the vector would be passed by
-    if edge is not None and edge.node.name() == "StackBackward0" and not hooked:
-        parents = edge.node.next_functions
-        if len(parents) == losses.shape[0]:
-            return [None if node is None else GradientEdge(node, index) for node, index in parents]
-    return [gradient_root(loss) for loss in losses.unbind()]
-
-
-def walk(roots: Sequence[Root | None], parameters: Sequence[Tensor] | None) -> Reach:
-    """Find the leaves that each root reaches, visiting every node of the joint graph once.
-
-    Args:
-        roots: one per loss; None for a constant.
-        parameters: leaves asked about, without duplicates; None asks about all leaves.
-
-    Returns:
-        A `Reach`. Losses are taken to be differentiated in their order.
-    """
-    found: list[Tensor] = list(parameters or ())
-    position = {id(leaf): i for i, leaf in enumerate(found)}
-    others: dict[int, Tensor] = {}
-    reached: dict[Node, int] = {}  # the leaves below a node, as a bit mask over `found`
-    # The first loss that came by, for nodes that may hold saved tensors.
-    owner: dict[Node, int] = {}
-    group = list(range(len(roots)))  # equal labels: losses joined by common nodes
-    reentrant = False
-
-    def meet(node: Node, loss: int) -> None:
-        old, new = group[owner.get(node, loss)], group[loss]
-        if old != new:
-            group[:] = [new if label == old else label for label in group]
-
-    def leaf_mask(leaf: Tensor) -> int:
-        if id(leaf) not in position:
-            if parameters is not None:
-                others[id(leaf)] = leaf
-                return 0
-            position[id(leaf)] = len(found)
-            found.append(leaf)
-        return 1 << position[id(leaf)]
-
-    for loss, root in enumerate(roots):
-        stack = [] if root is None else [(root.node, _children(root.node))]
-        while stack:
-            node, children = stack[-1]
-            fresh = [child for child in children if child not in reached]
-            if fresh and node not in reached:
-                stack += [(child, _children(child)) for child in fresh]
-                continue
-            stack.pop()
-            if node in reached:
-                meet(node, loss)
-                continue
-            leaf = getattr(node, "variable", None) if not children else None
-            if leaf is not None:  # only a node that accumulates into a leaf has one
-                reached[node] = leaf_mask(leaf)
-                continue
-            mask = 0
-            for child in children:
-                meet(child, loss)
-                mask |= reached[child]
-            reached[node], owner[node] = mask, loss
-            reentrant |= type(node).__name__ == "CheckpointFunctionBackward"
-
-    masks = [0 if root is None else reached[root.node] for root in roots]
-    return Reach(
-        leaves=[[leaf for i, leaf in enumerate(found) if mask >> i & 1] for mask in masks],
-        retain=[label in group[i + 1 :] for i, label in enumerate(group)],
-        others=list(others.values()),
-        reentrant=reentrant,
-    )
-
-
-def _children(node: Node) -> list[Node]:
-    return [child for child, _ in node.next_functions if child is not None]
-
-
-@dataclass(frozen=True)
-class Split:
-    """Shared parameters, reached by two losses or more, and for each loss the ones that only it reaches."""
-
-    shared: list[Tensor]
-    own: list[list[Tensor]]
-
-
-def split(leaves: Sequence[Sequence[Tensor]], shared: set[int] | None) -> Split:
-    """Divide the reached leaves into shared ones and each loss's own.
-
-    Args:
-        leaves: for each loss, the leaves that it reaches.
-        shared: ids of the parameters to treat as shared; None: those that two losses or more reach. A parameter
-            that is not named although several losses reach it is own to each of them, and gets the plain sum.
-    """
-    count: dict[int, int] = {}
-    order: dict[int, Tensor] = {}
-    for reached in leaves:
-        for leaf in reached:
-            count[id(leaf)] = count.get(id(leaf), 0) + 1
-            order[id(leaf)] = leaf
-    chosen = (
-        {key for key, times in count.items() if times > 1}
-        if shared is None
-        else shared & order.keys()
-    )
-    return Split(
-        shared=[leaf for key, leaf in order.items() if key in chosen],
-        own=[[leaf for leaf in reached if id(leaf) not in chosen] for reached in leaves],
-    )
+Columns: TypeAlias = "Callable[[Tensor, int], Tensor]"
+"""From `(K, m)` columns, and the number of columns before them, to `(m,)`."""
 
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
@@ -161,93 +23,298 @@ def gradient_dtype(parameter: Tensor) -> torch.dtype:
     return getattr(parameter, "grad_dtype", None) or parameter.dtype
 
 
+class Rows:
+    """Rows of the gradients of all shared parameters, whatever their devices, dtypes and layouts.
+
+    Args:
+        dtype: of the stored rows; None: that of each parameter's gradient.
+    """
+
+    def __init__(self, dtype: torch.dtype | None = None) -> None:
+        self._dtype = dtype
+        self._blocks: Blocks | None = None
+        self._layout: list[Any] = []
+        self._buckets: list[Bucket] = []
+        self._active: list[Bucket] = []
+        self._place: dict[int, tuple[Bucket, int]] = {}
+        # Parameters whose gradients were sparse once have no place in a bucket.
+        self._sparse: dict[int, SparseRows] = {}
+        self._shared: Sequence[Tensor] = ()
+        self._tasks = 0
+
+    def lay_out(self, shared: Sequence[Tensor], tasks: int, blocks: Blocks | None) -> None:
+        """Make room for `tasks` rows; what was stored is kept as long as the same parameters are shared.
+
+        Args:
+            shared: the shared parameters; empty if this step's losses share none.
+            tasks: K.
+            blocks: see `Partition`.
+        """
+        self._blocks, self._shared, self._tasks = blocks, shared, tasks
+        self._active = []
+        for rows in self._sparse.values():
+            rows.clear()
+        if not shared:
+            return  # but keep the storage: a batch without one of two tasks shares nothing
+        # `model.double()` and `model.to(device)` keep the identity of the parameters.
+        layout: list[Any] = [
+            (id(p), p.device, gradient_dtype(p), p.shape, p.stride()) for p in shared
+        ]
+        if blocks is not None:
+            layout += [blocks.of(p) for p in shared]
+        if layout != self._layout:
+            self._layout = layout
+            self._fill_buckets()
+        self._active = self._buckets
+        for bucket in self._active:
+            bucket.reserve(tasks)
+
+    def _fill_buckets(self) -> None:
+        dense = [p for p in self._shared if id(p) not in self._sparse]
+        self._buckets = buckets(dense, self._blocks, self._dtype)
+        self._place = {
+            id(parameter): (bucket, position)
+            for bucket in self._buckets
+            for position, parameter in enumerate(bucket.parameters)
+        }
+
+    def write(
+        self, task: int, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]
+    ) -> dict[Tensor, Tensor]:
+        """Set row `task`: the given gradients at the places of their parameters, zero elsewhere.
+
+        Returns:
+            The gradients of parameters that have no place here: the loss's own.
+        """
+        if not self._shared:
+            return {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if (
+                gradient is not None
+                and gradient.layout != torch.strided
+                and id(leaf) in self._place
+            ):
+                self._take_out(leaf, task)
+        own: dict[Tensor, Tensor] = {}
+        # A constant loss reaches no leaf, and writes rows of zeros.
+        rows: dict[Bucket, dict[int, Tensor]] = {bucket: {} for bucket in self._active}
+        for leaf, gradient in zip(leaves, gradients, strict=True):
+            if gradient is None:
+                continue
+            place = self._place.get(id(leaf))
+            if place is not None:
+                rows[place[0]][place[1]] = gradient
+            elif id(leaf) in self._sparse and any(leaf is p for p in self._shared):
+                self._sparse[id(leaf)].put(task, gradient)
+            else:
+                own[leaf] = gradient
+        for bucket, row in rows.items():
+            bucket.write(task, row)
+        return own
+
+    def _take_out(self, leaf: Tensor, task: int) -> None:
+        """Store the gradients of a parameter on their own, from the first time that one is sparse."""
+        old = self._place
+        self._sparse[id(leaf)] = SparseRows(leaf)
+        self._fill_buckets()
+        self._active = self._buckets
+        for bucket in self._active:
+            bucket.reserve(self._tasks)
+        for earlier in range(task):
+            leaves = [p for p in self._shared if id(p) in old]
+            views = [old[id(p)][0].row(earlier, old[id(p)][1]) for p in leaves]
+            self.write(earlier, leaves, views)
+
+    def gramian(self, tasks: int, device: torch.device) -> Tensor:
+        """Inner products of the first `tasks` rows, `(K, K)`, or `(B, K, K)` where there are blocks.
+
+        On the device of the first bucket, else on `device`; zero where nothing is shared.
+        """
+        parts = [bucket.gramian(tasks) for bucket in self._active]
+        parts += [self._in_block(rows.gramian(tasks), rows) for rows in self._sparse_in_use()]
+        if not parts:
+            shape = (
+                (tasks, tasks) if self._blocks is None else (len(self._blocks.names), tasks, tasks)
+            )
+            return torch.zeros(shape, dtype=kernels.solver_dtype(device), device=device)
+        total = parts[0]
+        for part in parts[1:]:
+            total = total + part.to(total)
+        return total
+
+    def _sparse_in_use(self) -> list[SparseRows]:
+        return [rows for rows in self._sparse.values() if rows.used]
+
+    def _in_block(self, gramian: Tensor, rows: SparseRows) -> Tensor:
+        if self._blocks is None:
+            return gramian
+        total = gramian.new_zeros(len(self._blocks.names), *gramian.shape)
+        total.select(0, self._blocks.of(rows.parameter)).copy_(gramian)
+        return total
+
+    def deliver(self, weights: Tensor) -> None:
+        """Add the weighted sums of the rows to the parameters' `.grad`.
+
+        Args:
+            weights: `(K,)`, or `(B, K)` where there are blocks.
+        """
+        for bucket in self._active:
+            bucket.deliver(weights)
+        for rows in self._sparse_in_use():
+            block = None if self._blocks is None else self._blocks.of(rows.parameter)
+            own = weights if block is None else weights.select(0, block)
+            rows.deliver(partial(kernels.combine, own.to(rows.parameter.device)))
+
+    def deliver_columns(self, function: Columns, tasks: int) -> None:
+        """Add a function of the columns of the first `tasks` rows to the parameters' `.grad`."""
+        start = 0
+        for bucket in self._active:
+            start = bucket.deliver_columns(function, tasks, start)
+        for rows in self._sparse_in_use():
+            start = rows.deliver_columns(function, start)
+
+    @property
+    def device(self) -> torch.device | None:
+        """Device of the first rows; None if there are none."""
+        if self._active:
+            return self._active[0].device
+        used = self._sparse_in_use()
+        return used[0].parameter.device if used else None
+
+
 class Bucket:
-    """Rows of the gradients of all shared parameters of one device and dtype, in one `(K, n)` tensor.
+    """Rows of the gradients of the shared parameters of one device, dtype and sharding, in one `(K, n)` tensor.
 
     Rows and result are allocated once and written in place in every step. The result is handed out as the
     parameters' `.grad`; as long as anybody still holds a view of it, the next step gets a new one.
+
+    Args:
+        parameters: parameters of one device, gradient dtype and placement, those of one block side by side.
+        blocks: see `Partition`.
+        dtype: of the rows; None: that of the gradients.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(
+        self,
+        parameters: Sequence[Tensor],
+        blocks: Blocks | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         self.parameters = list(parameters)
+        self._local = [local(p.detach()) for p in self.parameters]  # shards, for shapes and strides
         first = self.parameters[0]
+        self._placement: Placement | None = placement_of(first)
         self._complex = first.is_complex()
-        dtype = gradient_dtype(first)
-        self._dtype = dtype.to_real() if self._complex else dtype
+        wanted = gradient_dtype(first)
+        self._dtype = wanted.to_real() if self._complex else wanted
+        self._row_dtype = dtype or self._dtype
         self.device = first.device
-        self._sizes = [self._padded(p) for p in self.parameters]
         # Fused optimizers pair parameter and gradient in memory order, so the strides must be the same.
-        self._strides = [torch.empty_like(p, device="meta").stride() for p in self.parameters]
-        self._length = kernels.padded_length(sum(self._sizes))
-        self._rows = torch.empty(0, self._length, dtype=self._dtype, device=self.device)
+        self._strides = [torch.empty_like(p, device="meta").stride() for p in self._local]
+        self._blocks = blocks
+        self._starts, self._length, self._block_of_chunk = self._place()
+        self._rows = torch.empty(0, self._length, dtype=self._row_dtype, device=self.device)
         self._views: list[list[Tensor]] = []
         self._stale: list[set[int]] = []  # per row, positions that hold something else than zero
         self._result: Tensor | None = None
 
-    def _padded(self, parameter: Tensor) -> int:
-        size = parameter.numel() * (2 if self._complex else 1)
-        return -(-size // kernels.ALIGN) * kernels.ALIGN
+    def _place(self) -> tuple[list[int], int, Tensor | None]:
+        """Where each parameter starts, the length of a row, and the block of each chunk."""
+        starts: list[int] = []
+        chunks: list[int] = []
+        end, last = 0, None
+        for parameter, shard in zip(self.parameters, self._local, strict=True):
+            block = None if self._blocks is None else self._blocks.of(parameter)
+            if block is not None and block != last:
+                end = -(-end // kernels.BLOCK_CHUNK) * kernels.BLOCK_CHUNK
+                last = block
+            starts.append(end)
+            size = shard.numel() * (2 if self._complex else 1)
+            end += -(-size // kernels.ALIGN) * kernels.ALIGN
+            if block is not None:
+                chunks += [block] * (-(-end // kernels.BLOCK_CHUNK) - len(chunks))
+        if self._blocks is None:
+            return starts, kernels.padded_length(end), None
+        length = len(chunks) * kernels.BLOCK_CHUNK
+        return starts, length, torch.tensor(chunks, device=self.device)
 
-    def _split(self, row: Tensor) -> list[Tensor]:
-        """Views of a flat row with the shapes and strides (and for complex ones the dtype) of the parameters."""
+    def _split(self, row: Tensor, as_complex: bool) -> list[Tensor]:
+        """Views of a flat row with the shapes and strides of the parameters.
+
+        Complex ones have a last dimension of real and imaginary parts, or are complex if asked for.
+        """
         views: list[Tensor] = []
-        start = 0
-        for parameter, size, strides in zip(
-            self.parameters, self._sizes, self._strides, strict=True
-        ):
+        for shard, start, strides in zip(self._local, self._starts, self._strides, strict=True):
+            size = shard.numel() * (2 if self._complex else 1)
             flat = row.narrow(0, start, size)
-            if self._complex:
-                flat = torch.view_as_complex(flat.view(-1, 2))
-            views.append(flat.as_strided(parameter.shape, strides))
-            start += size
+            if not self._complex:
+                views.append(flat.as_strided(shard.shape, strides))
+            elif as_complex:
+                view = torch.view_as_complex(flat.view(-1, 2))
+                views.append(view.as_strided(shard.shape, strides))
+            else:
+                twice = (*(2 * stride for stride in strides), 1)
+                views.append(flat.as_strided((*shard.shape, 2), twice))
         return views
 
     def reserve(self, tasks: int) -> None:
         """Make room for at least `tasks` rows."""
         if len(self._views) < tasks:
-            self._rows = torch.zeros(tasks, self._length, dtype=self._dtype, device=self.device)
-            self._views = [self._split(row) for row in self._rows]
+            shape = (tasks, self._length)
+            self._rows = torch.zeros(shape, dtype=self._row_dtype, device=self.device)
+            self._views = [self._split(row, as_complex=False) for row in self._rows]
             self._stale = [set() for _ in range(tasks)]
 
-    def write(self, task: int, gradients: Mapping[int, Tensor]) -> None:
-        """Set row `task`: gradients at the positions of their parameters, zero elsewhere.
+    def row(self, task: int, position: int) -> Tensor | None:
+        """The gradient of a parameter in row `task`; None if it holds zeros there."""
+        if task >= len(self._stale) or position not in self._stale[task]:
+            return None
+        view = self._views[task][position]
+        return torch.view_as_complex(view) if self._complex else view
 
-        Raises:
-            TypeError: a gradient is sparse.
-        """
-        views = self._views[task]
-        blank = [views[position] for position in self._stale[task] - gradients.keys()]
-        if blank:
-            torch._foreach_zero_(blank)
-        for gradient in gradients.values():
-            if gradient.layout != torch.strided:
-                raise TypeError(
-                    "Gradients of shared parameters must be dense. Got a sparse one: use "
-                    "`torch.nn.Embedding(..., sparse=False)`."
-                )
-        if gradients:
-            torch._foreach_copy_(
-                [views[position] for position in gradients], list(gradients.values())
-            )
-        self._stale[task] = set(gradients)
+    def write(self, task: int, gradients: Mapping[int, Tensor]) -> None:
+        """Set row `task`: dense gradients at the positions of their parameters, zero elsewhere."""
+        views, stale = self._views[task], self._stale[task]
+        if stale != gradients.keys():
+            blank = [views[position] for position in stale - gradients.keys()]
+            if blank:
+                torch._foreach_zero_(blank)
+            self._stale[task] = set(gradients)
+        if not gradients:
+            return
+        sources = list(gradients.values())
+        if self._placement is not None:
+            sources = [local(source, self._placement) for source in sources]
+        if self._complex:
+            sources = [torch.view_as_real(source.resolve_conj()) for source in sources]
+        torch._foreach_copy_([views[position] for position in gradients], sources)
 
     def gramian(self, tasks: int) -> Tensor:
-        """Inner products of the first `tasks` rows; real parts for complex parameters."""
-        return kernels.gramian(self._rows[:tasks])
+        """Inner products of the first `tasks` rows; real parts for complex parameters, summed over shards."""
+        rows = self._rows if len(self._views) == tasks else self._rows[:tasks]
+        if self._block_of_chunk is None:
+            product = kernels.gramian(rows)
+        else:
+            assert self._blocks is not None
+            names = self._blocks.names
+            product = kernels.block_gramians(rows, self._block_of_chunk, len(names))
+        return product if self._placement is None else self._placement.summed(product)
 
     def deliver(self, weights: Tensor) -> None:
         """Add the weighted sum of the rows to the parameters' `.grad`."""
-        rows = self._rows[: weights.shape[0]]
+        rows = self._rows[: weights.shape[-1]]
         weights = weights.to(self.device)
-        self._deliver(partial(kernels.combine, weights, rows))
+        if self._block_of_chunk is None:
+            self._deliver(partial(kernels.combine, weights, rows))
+        else:
+            places = self._block_of_chunk
+            self._deliver(partial(kernels.combine_blocks, weights, rows, block_of_chunk=places))
 
-    def deliver_columns(
-        self, function: Callable[[Tensor, int], Tensor], tasks: int, start: int
-    ) -> int:
+    def deliver_columns(self, function: Columns, tasks: int, start: int) -> int:
         """Add a function of the columns of the first `tasks` rows to the parameters' `.grad`.
 
         Args:
-            function: from `(K, m)` columns, and the number of columns before them, to `(m,)`.
+            function: see `Columns`.
             tasks: K.
             start: number of columns in the buckets before this one.
 
@@ -264,27 +331,35 @@ class Bucket:
     def _deliver(self, combine: Callable[..., Tensor]) -> None:
         """Add what `combine` writes into the flat tensor it is given to the parameters' `.grad`."""
         if all(parameter.grad is None for parameter in self.parameters):
-            self._result = combine(self._free_result())
-            for parameter, view in zip(self.parameters, self._split(self._result), strict=True):
-                # As a view it would refuse in-place changes that gradients allow.
-                parameter.grad = view.data
+            self._result = combine(out=self._free_result())
+            for parameter, view in zip(self.parameters, self._handed_out(), strict=True):
+                parameter.grad = view
         elif self._result is not None and self._delivered(self._result):
-            combine(self._result, accumulate=True)
+            combine(out=self._result, accumulate=True)
         else:
-            update = combine(torch.empty_like(self._rows[0]))
-            for parameter, view in zip(self.parameters, self._split(update), strict=True):
-                parameter.grad = view.data if parameter.grad is None else parameter.grad.add_(view)
+            update = combine(out=torch.empty(self._length, dtype=self._dtype, device=self.device))
+            views = self._split(update, as_complex=self._complex)
+            for parameter, view in zip(self.parameters, views, strict=True):
+                view = rewrapped(view.data, parameter)
+                parameter.grad = view if parameter.grad is None else parameter.grad.add_(view)
+
+    def _handed_out(self) -> list[Tensor]:
+        """Views of the result. As `.data`: as a view it would refuse in-place changes that gradients allow."""
+        assert self._result is not None
+        views = self._split(self._result, as_complex=self._complex)
+        return [rewrapped(v.data, p) for v, p in zip(views, self.parameters, strict=True)]
 
     def _delivered(self, result: Tensor) -> bool:
         """Whether every `.grad` still is the view of `result` that was handed out."""
-        address = result.data_ptr()
-        for parameter, size, strides in zip(
-            self.parameters, self._sizes, self._strides, strict=True
+        address, step = result.data_ptr(), result.element_size()
+        for parameter, start, strides in zip(
+            self.parameters, self._starts, self._strides, strict=True
         ):
-            gradient = parameter.grad
-            if gradient is None or gradient.data_ptr() != address or gradient.stride() != strides:
+            if parameter.grad is None:
                 return False
-            address += size * result.element_size()
+            gradient = local(parameter.grad)
+            if gradient.data_ptr() != address + start * step or gradient.stride() != strides:
+                return False
         return True
 
     def _free_result(self) -> Tensor:
@@ -303,9 +378,32 @@ def _sole_owner(tensor: Tensor) -> bool:
     return int(use_count(storage._cdata)) <= 2  # the tensor, and the storage object just made
 
 
-def buckets(parameters: Sequence[Tensor]) -> list[Bucket]:
-    """One `Bucket` per device and gradient dtype, in order of first appearance."""
-    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for parameter in parameters:
-        groups.setdefault((parameter.device, gradient_dtype(parameter)), []).append(parameter)
-    return [Bucket(group) for group in groups.values()]
+def buckets(
+    parameters: Sequence[Tensor], blocks: Blocks | None = None, dtype: torch.dtype | None = None
+) -> list[Bucket]:
+    """One `Bucket` per device, gradient dtype and sharding, in order of first appearance."""
+    ordered = parameters if blocks is None else sorted(parameters, key=blocks.of)
+    groups: dict[Any, list[Tensor]] = {}
+    for parameter in ordered:
+        key = (parameter.device, gradient_dtype(parameter), placement_of(parameter))
+        groups.setdefault(key, []).append(parameter)
+    return [Bucket(group, blocks, dtype) for group in groups.values()]
+
+
+def deliver_own(gradients: Mapping[Tensor, Tensor], factor: Tensor | None) -> None:
+    """Add a loss's own gradients, times a factor, to `.grad`."""
+    for parameter, gradient in gradients.items():
+        gradient = gradient.to(gradient_dtype(parameter))
+        if factor is not None:
+            gradient = gradient * factor.to(gradient.device, gradient.real.dtype)
+        if parameter.grad is None:
+            # A copy: autograd may hand out one tensor twice, or one that the user's code still holds, and
+            # its strides may differ from the parameter's, which fused optimizers do not notice.
+            dense = gradient.layout == torch.strided
+            parameter.grad = (
+                torch.empty_like(parameter, dtype=gradient.dtype).copy_(gradient)
+                if dense
+                else gradient.clone()
+            )
+        else:
+            parameter.grad.add_(gradient)

@@ -18,6 +18,9 @@ over ten million columns is wrong in the third digit; shorter chunks still would
 ALIGN = 16
 """Every parameter starts at a multiple of this many elements, so that its view is aligned for vector loads."""
 
+BLOCK_CHUNK = 1024
+"""The same where every block of parameters has its own weights; each is padded to a multiple of it."""
+
 _SLAB = 256 * CHUNK  # columns worked on at a time where each pass makes copies of them
 
 
@@ -35,28 +38,65 @@ def gramian(rows: Tensor) -> Tensor:
     overflow, and bfloat16 sums keep only two digits.
 
     Args:
-        rows: `(K, n)`, real floating point, contiguous, `n` as given by `padded_length`, padding filled with zeros.
+        rows: `(K, n)`, real floating point; the elements of a row lie side by side.
 
     Returns:
         `(K, K)` symmetric float64 tensor on the device of `rows` (float32 where the device has no float64).
         Non-finite rows give non-finite entries.
     """
     if rows.element_size() < 4:
-        parts = [_gramian_wide(slab.float()) for slab in torch.split(rows, _SLAB, dim=1)]
-        return torch.stack(parts).sum(0)
-    return _gramian_wide(rows)
+        parts = [
+            _symmetric(_gramian_wide(slab.float())) for slab in torch.split(rows, _SLAB, dim=1)
+        ]
+        return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
+    return _symmetric(_gramian_wide(rows))
 
 
 def _gramian_wide(rows: Tensor) -> Tensor:
-    tasks, columns = rows.shape
+    columns = rows.shape[1]
     if columns <= CHUNK:
-        product = torch.mm(rows, rows.T).to(solver_dtype(rows.device))
-    else:
-        chunks = rows.view(tasks, columns // CHUNK, CHUNK).transpose(0, 1)
-        product = torch.bmm(chunks, chunks.mT).sum(0, dtype=solver_dtype(rows.device))
-    return (
-        product + product.T
-    ) / 2  # a product of a matrix with itself need not be symmetric to the last bit
+        return torch.mm(rows, rows.T).to(solver_dtype(rows.device))
+    whole = columns // CHUNK * CHUNK
+    product = chunk_gramians(rows if whole == columns else rows.narrow(1, 0, whole), CHUNK)
+    total = product.sum(0, dtype=solver_dtype(rows.device))
+    if whole < columns:
+        rest = rows.narrow(1, whole, columns - whole)
+        total = total + torch.mm(rest, rest.T)
+    return total
+
+
+def _symmetric(product: Tensor) -> Tensor:
+    """A product of a matrix with its own transpose need not be symmetric to the last bit."""
+    return (product + product.mT).mul_(0.5)
+
+
+def chunk_gramians(rows: Tensor, chunk: int) -> Tensor:
+    """`(n / chunk, K, K)` Gramians of the chunks of `(K, n)` rows, in the dtype of the rows."""
+    chunks = rows.view(rows.shape[0], -1, chunk).transpose(0, 1)
+    return torch.bmm(chunks, chunks.mT)
+
+
+def block_gramians(rows: Tensor, block_of_chunk: Tensor, blocks: int) -> Tensor:
+    """Gramians of blocks of columns.
+
+    Args:
+        rows: `(K, m * BLOCK_CHUNK)`, each block starting at a multiple of `BLOCK_CHUNK`, padded with zeros.
+        block_of_chunk: `(m,)` int64 on the device of `rows`, for each chunk the block it belongs to.
+        blocks: number of blocks B.
+
+    Returns:
+        `(B, K, K)` float64 (float32 where the device has none); zero for a block without columns.
+    """
+    tasks = rows.shape[0]
+    total = rows.new_zeros(blocks, tasks, tasks, dtype=solver_dtype(rows.device))
+    start = 0
+    for slab in torch.split(rows, _SLAB, dim=1):
+        wide = slab.float() if slab.element_size() < 4 else slab
+        product = chunk_gramians(wide, BLOCK_CHUNK)
+        places = block_of_chunk.narrow(0, start, product.shape[0])
+        total.index_add_(0, places, product.to(total.dtype))
+        start += product.shape[0]
+    return _symmetric(total)
 
 
 def combine(weights: Tensor, rows: Tensor, out: Tensor, *, accumulate: bool = False) -> Tensor:
@@ -65,27 +105,56 @@ def combine(weights: Tensor, rows: Tensor, out: Tensor, *, accumulate: bool = Fa
     Args:
         weights: `(K,)` on the device of `rows`.
         rows: `(K, n)`.
-        out: `(n,)`, same dtype as `rows`; its memory is reused, because a fresh tensor of this size costs
+        out: `(n,)`, of any floating dtype; its memory is reused, because a fresh tensor of this size costs
             more in page faults than the product itself.
         accumulate: add to `out` instead of overwriting it.
 
     Returns:
         `out`.
     """
-    if rows.element_size() < 4:
+    if rows.dtype != out.dtype or rows.element_size() < 4:
         wide = weights.to(torch.float32)
-        for slab, target in zip(
-            torch.split(rows, _SLAB, dim=1), torch.split(out, _SLAB), strict=True
-        ):
-            update = torch.mm(wide.unsqueeze(0), slab.float()).squeeze(0)
-            target.copy_(target.float() + update if accumulate else update)
-        return out
+
+        def weighted(slab: Tensor, _: int) -> Tensor:
+            return torch.mm(wide.to(slab.dtype).unsqueeze(0), slab).squeeze(0)
+
+        return combine_columns(weighted, rows, out, accumulate=accumulate)
     row = weights.to(rows.dtype).unsqueeze(0)
     if accumulate:
         torch.addmm(out.unsqueeze(0), row, rows, out=out.unsqueeze(0))
     else:
         torch.mm(row, rows, out=out.unsqueeze(0))
     return out
+
+
+def combine_blocks(
+    weights: Tensor,
+    rows: Tensor,
+    out: Tensor,
+    *,
+    block_of_chunk: Tensor,
+    accumulate: bool = False,
+) -> Tensor:
+    """The same with weights for each block of columns.
+
+    Args:
+        weights: `(B, K)` on the device of `rows`.
+        rows: see `block_gramians`.
+        out: see `combine`.
+        block_of_chunk: see `block_gramians`.
+        accumulate: see `combine`.
+
+    Returns:
+        `out`.
+    """
+    by_chunk = weights.index_select(0, block_of_chunk).unsqueeze(1)
+
+    def weighted(slab: Tensor, start: int) -> Tensor:
+        chunks = slab.view(slab.shape[0], -1, BLOCK_CHUNK).transpose(0, 1)
+        part = by_chunk.narrow(0, start // BLOCK_CHUNK, chunks.shape[0]).to(slab.dtype)
+        return torch.bmm(part, chunks).view(-1)
+
+    return combine_columns(weighted, rows, out, accumulate=accumulate)
 
 
 def combine_columns(
@@ -100,7 +169,7 @@ def combine_columns(
     Args:
         function: from `(K, m)` columns, at least float32, and the number of columns before them, to `(m,)`.
         rows: `(K, n)`.
-        out: `(n,)`, same dtype as `rows`.
+        out: `(n,)`, of any floating dtype.
         accumulate: add to `out` instead of overwriting it.
 
     Returns:
@@ -109,7 +178,7 @@ def combine_columns(
     start = 0
     for slab, target in zip(torch.split(rows, _SLAB, dim=1), torch.split(out, _SLAB), strict=True):
         update = function(slab.float() if slab.element_size() < 4 else slab, start)
-        target.copy_(target.to(update.dtype) + update if accumulate else update)
+        target.add_(update) if accumulate else target.copy_(update)
         start += slab.shape[1]
     return out
 

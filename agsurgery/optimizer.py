@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
-from typing import Any, Literal, overload
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from agsurgery.backward import Engine, Heads, Losses
-from agsurgery.methods import AGS, Method, Weighting
+from agsurgery.blocks import Granularity
+from agsurgery.engine import Engine
+from agsurgery.losses import Losses
+from agsurgery.methods import AGS, Weighting
+from agsurgery.options import EngineName, Features, Heads, Level, Options, Outside
 from agsurgery.report import SurgeryReport
 
 _STATE_PREFIX = "agsurgery_"
@@ -29,13 +33,19 @@ class GradientSurgery(Optimizer):
     Args:
         optimizer: any instance of `torch.optim.Optimizer`, afterwards found as `base_optimizer`.
         method: how the task gradients are combined; see `agsurgery.backward`. None: `AGS()`.
+        engine: see `agsurgery.backward`.
+        every: number of steps that one set of weights serves. Those between take one ordinary backward pass of the
+            weighted losses and report no Gramian. An approximation; tasks are followed by name, and new weights are
+            computed as soon as other tasks are active than before.
+        granularity: see `agsurgery.backward`; or `"group"`: one Gramian for each parameter group.
         heads: see `agsurgery.backward`.
         shared: see `agsurgery.backward`.
         outside: see `agsurgery.backward`.
+        buffer_dtype: see `agsurgery.backward`.
 
     Raises:
         TypeError: `optimizer` is not an instance of `torch.optim.Optimizer`, or is a `GradientSurgery` itself.
-        ValueError: unknown method or option.
+        ValueError: unknown method or option, or options that contradict each other.
 
     Example:
         >>> import torch
@@ -69,9 +79,13 @@ class GradientSurgery(Optimizer):
         optimizer: Optimizer,
         method: str | Weighting | None = None,
         *,
+        engine: EngineName = "grad",
+        every: int = 1,
+        granularity: Granularity = "global",
         heads: Heads | None = None,
         shared: Iterable[Tensor] | None = None,
-        outside: Literal["error", "ignore"] = "error",
+        outside: Outside = "error",
+        buffer_dtype: torch.dtype | None = None,
     ) -> None:
         # `Optimizer.__init__` is not called: it would make param groups and state of its own, which go stale.
         if not isinstance(optimizer, Optimizer):
@@ -84,9 +98,16 @@ class GradientSurgery(Optimizer):
                 "`optimizer` must not be a GradientSurgery itself. Wrap its `base_optimizer`."
             )
         self.base_optimizer = optimizer
-        self.engine = Engine(
-            AGS() if method is None else method, heads=heads, shared=shared, outside=outside
+        options = Options(
+            engine=engine,
+            every=every,
+            granularity=granularity,
+            heads=heads,
+            shared=shared,
+            outside=outside,
+            buffer_dtype=buffer_dtype,
         )
+        self.engine = Engine(AGS() if method is None else method, options)
         self._make_hook_tables()
         self._synchronise_state()
 
@@ -104,6 +125,8 @@ class GradientSurgery(Optimizer):
         self,
         losses: Losses,
         *,
+        features: Features | None = None,
+        level: Level = "parameters",
         scaler: torch.amp.GradScaler | None = None,
         retain_graph: bool = False,
     ) -> SurgeryReport:
@@ -111,6 +134,8 @@ class GradientSurgery(Optimizer):
 
         Args:
             losses: K scalar losses: list, tuple, dict from task name to loss, or a 1-D tensor; unscaled.
+            features: see `agsurgery.backward`.
+            level: see `agsurgery.backward`.
             scaler: scale the gradients with this `GradScaler`, in place of `scaler.scale(loss).backward()`.
             retain_graph: keep the graphs for another backward pass.
 
@@ -121,11 +146,65 @@ class GradientSurgery(Optimizer):
             TypeError, ValueError, RuntimeError: see `agsurgery.backward`.
         """
         self._synchronise_state()
-        loss_scale = None
         parameters = self._parameters()
-        if scaler is not None and scaler.is_enabled() and parameters:
-            loss_scale = scaler.scale(torch.ones((), device=parameters[0].device))
-        report = self.engine(losses, parameters, retain_graph=retain_graph, loss_scale=loss_scale)
+        report = self.engine(
+            losses,
+            parameters,
+            groups=self.param_groups,
+            features=features,
+            level=level,
+            retain_graph=retain_graph,
+            loss_scale=_loss_scale(scaler, parameters),
+        )
+        self._synchronise_state()
+        return report
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[None]:
+        """Take the gradient of one task from a backward pass that somebody else runs (a framework, for instance).
+
+        Inside, `.grad` of all parameters is empty; what is left there at the end is the gradient of this task. After
+        the last task call `combine`. A name that comes again adds to what it has. After an error nothing is taken.
+
+        Args:
+            name: of the task.
+
+        Raises:
+            RuntimeError: the method looks at losses, or the engine runs passes of its own (`"lean"`, `"reweight"`,
+                `every`).
+
+        Example:
+            >>> import torch
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+            >>> optimizer = GradientSurgery(torch.optim.SGD([w], lr=0.1), "pcgrad")
+            >>> with optimizer.task("a"):
+            ...     (w[0] + w[1]).backward()
+            >>> with optimizer.task("b"):
+            ...     (w[0] - 2 * w[1]).backward()
+            >>> report = optimizer.combine()
+            >>> w.grad
+            tensor([ 2.7000, -0.9000])
+        """
+        self.engine.check_tasks()
+        with self.engine.collector.taking(str(name), self._parameters()):
+            yield
+
+    def combine(self, *, scaler: torch.amp.GradScaler | None = None) -> SurgeryReport:
+        """Add the combined gradient of the tasks seen since the last call to `.grad`.
+
+        Args:
+            scaler: the `GradScaler` that scaled the losses, for the numbers of the report.
+
+        Returns:
+            The `SurgeryReport`, whose losses are NaN: nobody saw them.
+
+        Raises:
+            RuntimeError: no task has come.
+        """
+        self._synchronise_state()
+        parameters = self._parameters()
+        scale = _loss_scale(scaler, parameters)
+        report = self.engine.combine(parameters, self.param_groups, scale)
         self._synchronise_state()
         return report
 
@@ -149,17 +228,13 @@ class GradientSurgery(Optimizer):
         Loading a checkpoint, through the wrapper or behind its back through the base, replaces the group and
         what is in it; an entry that is not the one put here last is therefore newer than the method's.
         """
-        method, group = self.engine.method, self.param_groups[0]
-        if not isinstance(method, Method):
-            return
+        engine, group = self.engine, self.param_groups[0]
         stored = {key: value for key, value in group.items() if key.startswith(_STATE_PREFIX)}
-        if any(self.engine.published.get(key) is not value for key, value in stored.items()):
-            loaded = {key.removeprefix(_STATE_PREFIX): value for key, value in stored.items()}
-            # What the other method did not know stays as it is.
-            method.load_state_dict({**method.state(), **loaded})
-        stored |= {_STATE_PREFIX + name: value for name, value in method.state().items()}
+        if any(engine.published.get(key) is not value for key, value in stored.items()):
+            engine.load_state({k.removeprefix(_STATE_PREFIX): v for k, v in stored.items()})
+        stored |= {_STATE_PREFIX + name: value for name, value in engine.state().items()}
         group.update(stored)
-        self.engine.published = stored
+        engine.published = stored
 
     # -- the base optimizer -----------------------------------------------------------------------
 
@@ -206,6 +281,11 @@ class GradientSurgery(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of the base optimizer, with the step hooks registered here around it."""
         # As torch does it: hooks see the positional arguments with the optimizer in front.
+        if self.engine.collector.tasks:
+            raise RuntimeError(
+                f"The gradients of the tasks {self.engine.collector.tasks} wait to be combined. Call `combine()` "
+                "before `step()`."
+            )
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
         for hook in list(self._optimizer_step_pre_hooks.values()):
@@ -226,7 +306,8 @@ class GradientSurgery(Optimizer):
     step.hooked = True  # type: ignore[attr-defined]
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients; see `torch.optim.Optimizer.zero_grad`."""
+        """Clear the gradients, also those of tasks not yet combined; see `torch.optim.Optimizer.zero_grad`."""
+        self.engine.collector.clear()
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -266,6 +347,13 @@ class GradientSurgery(Optimizer):
 
     def __repr__(self) -> str:
         return f"GradientSurgery({self.engine.method!r}, {self.base_optimizer!r})"
+
+
+def _loss_scale(scaler: torch.amp.GradScaler | None, parameters: list[Tensor]) -> Tensor | None:
+    if scaler is None or not scaler.is_enabled() or not parameters:
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=parameters[0].device))
+    return scale
 
 
 def unwrap(optimizer: Any) -> GradientSurgery:

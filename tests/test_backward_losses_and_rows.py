@@ -77,13 +77,12 @@ def test_methods_that_look_at_losses_take_one_backward_pass_of_the_weighted_sum(
     assert [head.grad.item() for head in heads] == [5 * 0.5, 20 * 1.0]
 
 
-def test_heads_keep_their_own_gradient_when_asked_to_at_one_pass_for_each_loss():
+def test_heads_keep_their_own_gradient_when_asked_to_in_the_same_single_pass():
     trunk, heads = parts()
-    report = agsurgery.backward(losses_of(trunk, heads), [trunk, *heads], ByLoss(), heads="own")
-    assert Counted.passes == 2
+    agsurgery.backward(losses_of(trunk, heads), [trunk, *heads], ByLoss(), heads="own")
+    assert Counted.passes == 1
     assert trunk.grad.tolist() == [5 * 0.5 - 20 * 2, 20 * 2.0]
     assert [head.grad.item() for head in heads] == [0.5, 1.0]
-    assert report.gramian.isfinite().all()
 
 
 def test_the_single_pass_accumulates_leaves_untouched_parameters_alone_and_takes_constants():

@@ -215,8 +215,12 @@ def solve(
     answer = getattr(method, "solve", None)
     if isinstance(method, Method):
         weights, scale = method.solve(gramian, losses, tasks)
+    elif gramian.dim() > 2:  # a callable of the user's need not know blocks
+        parts = [solve(method, block) for block in gramian.unbind()]
+        weights = torch.stack([part.weights for part in parts])
+        scale = torch.stack([part.scale for part in parts])
     elif answer is None:
-        weights, scale = method(gramian), gramian.new_ones(gramian.shape[:-2])
+        weights, scale = method(gramian), gramian.new_ones(())
     else:
         weights, scale = answer(gramian)
     weights = weights.to(gramian.dtype)

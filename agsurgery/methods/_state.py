@@ -28,6 +28,11 @@ class TaskState:
             None  # made when asked for: JSON cannot be traced by a compiler
         )
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The tasks seen so far."""
+        return self._tasks
+
     def tensors(self) -> dict[str, Tensor]:
         """The live tensors, and the names; empty before the first `read`."""
         if not self._tensors:

@@ -1,0 +1,366 @@
+"""The engine: from losses to `.grad` with one method, one set of options, and storage kept from step to step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from agsurgery.accumulate import Collector, collect
+from agsurgery.blocks import Partition
+from agsurgery.checks import (
+    as_tensors,
+    check_hooks,
+    check_options,
+    check_processes,
+    check_reach,
+    feature_nodes,
+)
+from agsurgery.graph import split, walk
+from agsurgery.jacobian import Rows, deliver_own
+from agsurgery.kernels import solver_dtype
+from agsurgery.losses import Losses, read_losses
+from agsurgery.methods import Method, Solution, Weighting, resolve, solve
+from agsurgery.methods._base import RowMethod, uses
+from agsurgery.options import Features, Heads, Level, Options, check_level
+from agsurgery.passes import Own, Step, rows_by_task, weighted_backward
+from agsurgery.report import SurgeryReport, detached_losses
+from agsurgery.reuse import Reuse
+from agsurgery.sharding import any_sharded
+from agsurgery.stages import feature_surgery, lean_surgery, rows_through
+
+
+class Engine:
+    """Surgery with one method.
+
+    Args:
+        method: see `agsurgery.backward`.
+        options: None: the defaults.
+
+    Raises:
+        TypeError, ValueError: unknown method or option, or options that contradict each other.
+    """
+
+    def __init__(self, method: str | Weighting, options: Options | None = None) -> None:
+        options = options or Options()
+        self.options = options
+        self.method = resolve(method)
+        self._kind = uses(self.method)
+        check_options(options, self._kind, self.method)
+        default: Heads = "weighted" if self._kind == "losses" else "own"
+        self.heads: Heads = options.heads or default
+        self.shared = None if options.shared is None else as_tensors(options.shared, "shared")
+        self.report: SurgeryReport | None = None
+        self.collector = Collector()
+        # State entries as the optimizer last put them in its groups.
+        self.published: dict[str, Any] = {}
+        self._partition = Partition(options.granularity)
+        self._reuse = Reuse(options.every)
+        self._rows = Rows(options.buffer_dtype)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # The storage belongs to these very parameters; a copy makes its own.
+        return self.__dict__ | {
+            "_rows": Rows(self.options.buffer_dtype),
+            "collector": Collector(),
+            "report": None,
+            "published": {},
+        }
+
+    def state(self) -> dict[str, Any]:
+        """What a checkpoint must hold: the live tensors of the method, and the kept weights."""
+        method = self.method.state() if isinstance(self.method, Method) else {}
+        return {**method, **self._reuse.state()}
+
+    def load_state(self, entries: Mapping[str, Any]) -> None:
+        """Take over what `state` gave; what it did not know stays as it is."""
+        if isinstance(self.method, Method):
+            self.method.load_state_dict({**self.method.state(), **entries})
+        self._reuse.load(entries)
+
+    # -- one step -----------------------------------------------------------------------------------
+
+    def __call__(
+        self,
+        losses: Losses,
+        parameters: Sequence[Tensor] | None,
+        *,
+        groups: Sequence[Mapping[str, Any]] | None = None,
+        features: Features | None = None,
+        level: Level = "parameters",
+        retain_graph: bool = False,
+        loss_scale: Tensor | None = None,
+    ) -> SurgeryReport:
+        """Add the combined gradient of `losses` to the `.grad` of `parameters`; see `agsurgery.backward`.
+
+        Args:
+            losses: see `agsurgery.backward`.
+            parameters: without duplicates; None: all that the losses reach.
+            groups: the optimizer's parameter groups.
+            features: see `agsurgery.backward`.
+            level: see `agsurgery.backward`.
+            retain_graph: see `agsurgery.backward`.
+            loss_scale: factor of a `GradScaler`, 0-d; None for 1.
+        """
+        self._idle()
+        check_processes(parameters)
+        check_level(level, features)
+        border = None if features is None else feature_nodes(features)
+        with torch.enable_grad():  # views of a loss made under no_grad would have no graph
+            names, values, roots = read_losses(losses)
+        if all(root is None for root in roots):
+            raise RuntimeError(
+                "At least one loss must depend on a parameter. None of them has a graph: were they computed "
+                "under `torch.no_grad()`, or detached?"
+            )
+        reach = walk(roots, parameters)
+        hidden = reach.reentrant or any_sharded(parameters or ())
+        if not hidden:
+            check_reach(names, roots, reach, self.options.outside)
+        parts = split(reach.leaves, self._named())
+        step = Step(
+            tuple(names),
+            values,
+            roots,
+            parameters,
+            reach,
+            parts,
+            self.shared is not None,
+            hidden,
+            self._partition.blocks(parameters if parameters is not None else parts.shared, groups),
+            retain_graph,
+            loss_scale,
+        )
+        collected = self._kind != "losses" and (hidden or self.options.engine == "accumulate")
+        if collected:
+            self._check_collected(parameters, border)
+        ordinary = self._kind == "losses" or (self.options.engine == "reweight" and not collected)
+        if not ordinary:
+            check_hooks(step.leaves() if parameters is None else parameters)
+        with torch.no_grad(), full_precision(values[0].device):
+            run = _Run(step, detached_losses(values))
+            if self._kind == "losses":
+                self._pass_once(run, self._solve(run, run.unknown()))
+            elif level == "features":
+                self._at_features(run, border or set())
+            else:
+                self._at_parameters(run, border, collected)
+            self.report = run.report(self._partition_names(step))
+        return self.report
+
+    def _at_parameters(self, run: _Run, border: set[Any] | None, collected: bool) -> None:
+        """Surgery on the gradients of the shared parameters."""
+        step = run.step
+        active = [t for t, root in zip(step.tasks, step.roots, strict=True) if root is not None]
+        kept = self._reuse.recall(step.tasks, active)
+        if kept is not None:
+            run.gramian = run.unknown()
+            self._pass_once(run, kept)
+            return
+        once_more = self.options.engine == "reweight"
+        if self.options.engine == "lean":
+            own = lean_surgery(
+                step, self._rows, self._weigher(run), weighted_heads=self.heads == "weighted"
+            )
+        elif collected:
+            assert step.parameters is not None
+            collector = collect(step, step.parameters, retain_last=once_more)
+            own = collector.write(self._rows, self._named(), step.blocks)
+        elif border is not None:
+            own = rows_through(step, self._rows, border, retain_last=once_more)
+        else:
+            own = rows_by_task(step, self._rows, retain_last=once_more)
+        if once_more:
+            gramian = self._rows.gramian(len(step.tasks), step.device)
+            own.clear()
+            self._pass_once(run, self._solve(run, gramian))
+        else:
+            if self.options.engine != "lean":
+                self._combine_rows(run)
+            self._deliver_own(own, run)
+        if run.solution is not None:
+            self._reuse.keep(step.tasks, active, run.solution)
+
+    def _combine_rows(self, run: _Run) -> None:
+        """Deliver the update of the stored rows."""
+        tasks = len(run.tasks)
+        gramian = self._rows.gramian(tasks, run.losses.device)
+        if isinstance(self.method, RowMethod):
+            self._no_weights(run, gramian)
+            self.method.begin(self._rows.device or run.losses.device)
+            self._rows.deliver_columns(self.method.combine, tasks)
+        else:
+            self._rows.deliver(self._solve(run, gramian).weights)
+
+    def _at_features(self, run: _Run, border: set[Any]) -> None:
+        """Surgery on the gradients at the features."""
+        if isinstance(self.method, RowMethod):
+            method: RowMethod | None = self.method
+        else:
+            method = None
+
+        def weigh(gramian: Tensor) -> Tensor:
+            if method is None:
+                return self._solve(run, gramian).weights
+            self._no_weights(run, gramian)
+            return gramian.new_ones(len(run.tasks))
+
+        weighted = self.heads == "weighted"
+        own = feature_surgery(run.step, border, weigh, method, weighted_heads=weighted)
+        self._deliver_own(own, run)
+
+    def _pass_once(self, run: _Run, solution: Solution) -> None:
+        """One backward pass of the weighted losses."""
+        run.solution = solution
+        weighted_backward(run.step, solution.weights, own=self.heads == "own")
+
+    # -- tasks one by one -----------------------------------------------------------------------------
+
+    def check_tasks(self) -> None:
+        """Refuse what gradients that come task by task do not allow.
+
+        Raises:
+            RuntimeError: the method looks at losses, or the engine is to run backward passes itself.
+        """
+        if self._kind == "losses":
+            raise RuntimeError(
+                "A method that looks at the losses cannot be used with `task()`, which sees gradients only. Pass the "
+                f"losses to `backward`. Got {self.method!r}."
+            )
+        if self.options.engine in ("lean", "reweight") or self.options.every > 1:
+            raise RuntimeError(
+                '`task()` takes the gradients that others compute, so `engine` must be "grad" or "accumulate" and '
+                f'`every` 1. Got engine="{self.options.engine}", every={self.options.every}.'
+            )
+
+    def combine(
+        self,
+        parameters: Sequence[Tensor],
+        groups: Sequence[Mapping[str, Any]],
+        loss_scale: Tensor | None,
+    ) -> SurgeryReport:
+        """Combine the gradients of the tasks that have come.
+
+        Args:
+            parameters: of the optimizer, without duplicates.
+            groups: its groups.
+            loss_scale: factor of a `GradScaler` that is in the gradients already.
+
+        Raises:
+            RuntimeError: no task has come.
+        """
+        collector = self.collector
+        if not collector.tasks:
+            raise RuntimeError(
+                "`combine` needs gradients. Compute them inside `with optimizer.task(name):`, once for each task."
+            )
+        device = parameters[0].device
+        with torch.no_grad(), full_precision(device):
+            losses = torch.full((len(collector.tasks),), torch.nan, device=device)
+            run = _Run(None, losses, tuple(collector.tasks), loss_scale)
+            own = collector.write(
+                self._rows, self._named(), self._partition.blocks(parameters, groups)
+            )
+            self._combine_rows(run)
+            self._deliver_own(own, run)
+            blocks = self._partition.blocks(parameters, groups)
+            self.report = run.report(None if blocks is None else blocks.names)
+        return self.report
+
+    # -- parts ----------------------------------------------------------------------------------------
+
+    def _solve(self, run: _Run, gramian: Tensor) -> Solution:
+        run.gramian = gramian
+        run.solution = solve(self.method, gramian, run.losses.to(gramian), run.tasks)
+        return run.solution
+
+    def _weigher(self, run: _Run) -> Any:
+        return lambda gramian: self._solve(run, gramian).weights
+
+    def _no_weights(self, run: _Run, gramian: Tensor) -> None:
+        run.gramian = gramian
+        blank = gramian.new_full((len(run.tasks),), torch.nan)
+        run.solution = Solution(blank, gramian.new_ones(()))
+
+    def _deliver_own(self, own: Own, run: _Run) -> None:
+        assert run.solution is not None
+        for task, gradients in enumerate(own):
+            factor = None if self.heads == "own" else run.solution.weights.select(-1, task)
+            deliver_own(gradients, factor)
+
+    def _named(self) -> set[int] | None:
+        return None if self.shared is None else {id(p) for p in self.shared}
+
+    @staticmethod
+    def _partition_names(step: Step) -> tuple[str, ...] | None:
+        return None if step.blocks is None else step.blocks.names
+
+    def _idle(self) -> None:
+        if self.collector.tasks:
+            raise RuntimeError(
+                f"The gradients of the tasks {self.collector.tasks} wait to be combined. Call `combine()` first, or "
+                "`zero_grad()` to drop them."
+            )
+
+    def _check_collected(self, parameters: Sequence[Tensor] | None, border: object) -> None:
+        """What `.backward()` calls cannot do."""
+        if parameters is None:
+            raise ValueError(
+                "The parameters must be given where the graph does not show them (a reentrant checkpoint, or "
+                '`engine="accumulate"`). Pass `params`, or call '
+                "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+            )
+        if self.options.engine == "lean" or border is not None:
+            raise ValueError(
+                '`engine="lean"` and `features=` differentiate parts of the graph, which a reentrant checkpoint, '
+                'sharded parameters and `engine="accumulate"` do not allow. Leave them out, or call '
+                "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+            )
+
+
+class _Run:
+    """What is found on the way through one step."""
+
+    def __init__(
+        self,
+        step: Step | None,
+        losses: Tensor,
+        tasks: tuple[str, ...] = (),
+        loss_scale: Tensor | None = None,
+    ) -> None:
+        self._step = step
+        self.losses = losses
+        self.tasks = tasks if step is None else step.tasks
+        self._loss_scale = loss_scale if step is None else step.loss_scale
+        self.gramian: Tensor | None = None
+        self.solution: Solution | None = None
+
+    @property
+    def step(self) -> Step:
+        assert self._step is not None
+        return self._step
+
+    def unknown(self) -> Tensor:
+        """The Gramian of gradients that nobody computed."""
+        shape = (len(self.tasks), len(self.tasks))
+        device = self.losses.device
+        return torch.full(shape, torch.nan, dtype=solver_dtype(device), device=device)
+
+    def report(self, blocks: tuple[str, ...] | None) -> SurgeryReport:
+        assert self.gramian is not None
+        assert self.solution is not None
+        gramian = self.gramian
+        if self._loss_scale is not None:
+            gramian = gramian / self._loss_scale.to(gramian).square()
+        weights, scale = self.solution
+        return SurgeryReport(self.tasks, self.losses, gramian, weights, scale, blocks)
+
+
+def full_precision(device: torch.device) -> AbstractContextManager[object]:
+    """Autocast off: inside its region it would compute the Gramian, and parts of the backward pass, in 16 bits."""
+    if torch.is_autocast_enabled(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()

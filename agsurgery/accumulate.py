@@ -32,15 +32,9 @@ class Collector:
 
         A task that comes again adds to what it has (micro-batches). On an error nothing is taken.
         """
-        before = [parameter.grad for parameter in parameters]
-        for parameter in parameters:
-            parameter.grad = None
-        try:
+        with _put_aside(parameters):
             yield
             self._add(task, {p: p.grad for p in parameters if p.grad is not None})
-        finally:
-            for parameter, gradient in zip(parameters, before, strict=True):
-                parameter.grad = gradient
 
     def _add(self, task: str, taken: dict[Tensor, Tensor]) -> None:
         if task not in self.tasks:
@@ -93,21 +87,32 @@ def collect(step: Step, parameters: Sequence[Tensor], *, retain_last: bool = Fal
     # The user's own leaves, such as inputs, keep what they have.
     # (Under FSDP2 the leaves of the graph are its own.)
     others = [] if any_sharded(parameters) else step.reach.others
-    kept = [leaf.grad for leaf in others]
-    for task, (name, loss, root) in enumerate(
-        zip(step.tasks, step.losses, step.roots, strict=True)
-    ):
-        with collector.taking(name, parameters):
-            if root is None:
-                continue
-            keep = step.retain_graph or retain_last or step.reach.retain[task]
-            with explained(), torch.enable_grad():
-                torch.autograd.backward([root], [step.start(loss)], retain_graph=keep)
-            if all(parameter.grad is None for parameter in parameters):
-                raise ValueError(
-                    f"The loss of task {name!r} must reach at least one of the parameters. It has a graph, but left no "
-                    "gradient. Give the optimizer the parameters of this model."
-                )
-    for leaf, gradient in zip(others, kept, strict=True):
-        leaf.grad = gradient
+    with _put_aside(others):
+        for task, (name, loss, root) in enumerate(
+            zip(step.tasks, step.losses, step.roots, strict=True)
+        ):
+            with collector.taking(name, parameters):
+                if root is None:
+                    continue
+                keep = step.retain_graph or retain_last or step.reach.retain[task]
+                with explained(), torch.enable_grad():
+                    torch.autograd.backward([root], [step.start(loss)], retain_graph=keep)
+                if all(parameter.grad is None for parameter in parameters):
+                    raise ValueError(
+                        f"The loss of task {name!r} must reach at least one of the parameters. It has a graph, but "
+                        "left no gradient. Give the optimizer the parameters of this model."
+                    )
     return collector
+
+
+@contextmanager
+def _put_aside(leaves: Sequence[Tensor]) -> Iterator[None]:
+    """While open, `.grad` of the leaves is empty; at the end it is what it was."""
+    before = [leaf.grad for leaf in leaves]
+    for leaf in leaves:
+        leaf.grad = None
+    try:
+        yield
+    finally:
+        for leaf, gradient in zip(leaves, before, strict=True):
+            leaf.grad = gradient

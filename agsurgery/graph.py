@@ -175,6 +175,23 @@ def descendants(roots: Sequence[Root]) -> Iterator[Node]:
             stack += children(node)
 
 
+def any_above_another(nodes: Collection[Node]) -> bool:
+    """Whether one of some nodes lies below another."""
+    wanted = set(nodes)
+    if len(wanted) < 2:
+        return False
+    seen: set[Node] = set()
+    stack = [child for node in wanted for child in children(node)]
+    while stack:
+        node = stack.pop()
+        if node in wanted:
+            return True
+        if node not in seen:
+            seen.add(node)
+            stack += children(node)
+    return False
+
+
 def meeting_nodes(roots: Sequence[Root | None]) -> set[Node]:
     """Nodes that two losses or more pass through, leaves included.
 

@@ -10,8 +10,10 @@ rows, or an embedding few indices, the inner products are taken without forming 
 
 from __future__ import annotations
 
+import warnings
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -62,6 +64,31 @@ def _on_gradient(leaf: Tensor, hook: Callable[[Tensor], Tensor]) -> Any:
     return untyped(hook)
 
 
+class NotBatchable(Exception):
+    """The backward pass of all tasks together failed; one by one it may work."""
+
+
+def warn_not_batchable(said: str) -> None:
+    """Tell the user that this step needed the memory of the rows after all."""
+    warnings.warn(
+        'engine="lean" took the tasks one by one, in the time and memory of engine="grad": an operation below the '
+        f"heads has no batching rule (`torch.vmap`). Replace it to save memory. It said: {said}",
+        stacklevel=2,
+    )
+
+
+@contextmanager
+def _no_advice() -> Iterator[None]:
+    """Without the warning for operations that take the tasks of a batch one by one, which is all one could do."""
+    functorch: Any = torch._C._functorch
+    warn = getattr(functorch, "_set_vmap_fallback_warning_enabled", lambda on: None)
+    warn(False)
+    try:
+        yield
+    finally:
+        warn(True)
+
+
 class Shortcut(NamedTuple):
     """A node whose weight gradients need not be formed, and the Gramian they would have had."""
 
@@ -88,7 +115,7 @@ def trunk_gramian(
         The `(K, K)` Gramian, and the `(K, ...)` gradients of `whole`, None for those not reached.
 
     Raises:
-        RuntimeError: an operation cannot be differentiated for a batch of cotangents.
+        NotBatchable: an operation cannot be differentiated for a batch of cotangents.
     """
     tasks, device = cotangents[0].shape[0], cotangents[0].device
     total = torch.zeros(tasks, tasks, dtype=solver_dtype(device), device=device)
@@ -121,12 +148,12 @@ def trunk_gramian(
 
     try:
         # Recomputation under a checkpoint replays the random state; it must not be drawn per task.
-        values = torch.vmap(differentiate, randomness="same")(*cotangents)
+        with _no_advice():
+            values = torch.vmap(differentiate, randomness="same")(*cotangents)
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, NotImplementedError, ValueError) as error:
-        raise RuntimeError(
-            'engine="lean" sends the cotangents of all tasks through the shared part of the graph as one batch '
-            f'(`torch.vmap`), which an operation there does not support. Use engine="grad". It said: {error}'
-        ) from error
+        raise NotBatchable(str(error)) from error
     finally:
         for handle in handles:
             handle.remove()

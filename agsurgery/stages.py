@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+import functools
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from agsurgery import kernels
-from agsurgery.graph import gradients, leaf_of, meeting_nodes, walk
+from agsurgery.graph import any_above_another, gradients, leaf_of, meeting_nodes, walk
 from agsurgery.jacobian import Rows
-from agsurgery.lean import trunk_gramian
+from agsurgery.lean import NotBatchable, trunk_gramian, warn_not_batchable
 from agsurgery.methods._base import RowMethod
 from agsurgery.passes import Own, Step, backward_through, rows_by_task
 
@@ -27,12 +30,18 @@ class Heads:
     Attributes:
         gradients: for each loss, by leaf.
         edges: where losses enter the border.
+        below: for each edge, the leaves below.
         cotangents: for each loss, the gradients with respect to what comes out of `edges`, by position.
     """
 
     gradients: list[dict[Tensor, Tensor]]
     edges: list[GradientEdge]
+    below: list[list[Tensor]]
     cotangents: list[dict[int, Tensor]]
+
+    def trunk(self) -> list[Tensor]:
+        """The leaves below the border, each once."""
+        return list({id(p): p for leaves in self.below for p in leaves}.values())
 
     def stacked(self) -> list[Tensor]:
         """`(K, ...)` cotangents for each edge; zero for the losses that do not come by. The single ones are freed."""
@@ -48,6 +57,14 @@ def head_pass(step: Step, border: Collection[Node]) -> Heads:
     """Differentiate each loss down to the border. That part of the graph is freed as the losses are done."""
     reach = walk(step.roots, step.parameters, border)
     number: dict[GradientEdge, int] = {}
+    for edge in (edge for edges in reach.border for edge in edges):
+        number.setdefault(edge, len(number))
+    below = walk(list(number), step.parameters).leaves
+
+    @functools.cache
+    def nested(entries: frozenset[int]) -> bool:
+        return any_above_another([edge.node for edge, i in number.items() if i in entries])
+
     found: list[dict[Tensor, Tensor]] = []
     cotangents: list[dict[int, Tensor]] = []
     for task, (loss, root) in enumerate(zip(step.losses, step.roots, strict=True)):
@@ -58,17 +75,38 @@ def head_pass(step: Step, border: Collection[Node]) -> Heads:
             continue
         start = step.start(loss)
         if root.node in border:  # the loss itself is shared
-            cotangents[task][number.setdefault(root, len(number))] = start
+            cotangents[task][number[root]] = start
             continue
-        keep = step.retain_graph or reach.retain[task]
-        values = gradients([root], [*leaves, *edges], [start], keep)
+        # Asked for what also lies below the border, autograd would go on through the border.
+        entries = frozenset(number[edge] for edge in edges)
+        deep = {id(leaf) for entry in entries for leaf in below[entry]}
+        through = any(id(leaf) in deep for leaf in leaves) or nested(entries)
+        keep = step.retain_graph or reach.retain[task] or through
+        with _closed(edges) if through else nullcontext():
+            values = gradients([root], [*leaves, *edges], [start], keep)
         for leaf, value in zip(leaves, values, strict=False):
             if value is not None:
                 found[task][leaf] = value
         for edge, value in zip(edges, values[len(leaves) :], strict=True):
             if value is not None:
-                cotangents[task][number.setdefault(edge, len(number))] = value
-    return Heads(found, list(number), cotangents)
+                cotangents[task][number[edge]] = value
+    return Heads(found, list(number), below, cotangents)
+
+
+@contextmanager
+def _closed(border: Sequence[GradientEdge]) -> Iterator[None]:
+    """While open, gradients come to the border and end there."""
+
+    def nothing(gradients: tuple[Tensor | None, ...]) -> tuple[None, ...]:
+        return (None,) * len(gradients)
+
+    nodes: Any = {edge.node for edge in border}
+    handles = [node.register_prehook(nothing) for node in nodes]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def rows_through(
@@ -79,14 +117,13 @@ def rows_through(
     rows.lay_out(step.parts.shared, len(step.tasks), step.blocks)
     heads = head_pass(step, border)
     _some(heads)
-    below = walk(heads.edges, step.parameters).leaves
     later = [bool(cotangents) for cotangents in heads.cotangents]
     own: Own = []
     for task, cotangents in enumerate(heads.cotangents):
         found = heads.gradients[task]
         later[task] = False
         if cotangents:
-            leaves = list({id(p): p for edge in cotangents for p in below[edge]}.values())
+            leaves = list({id(p): p for edge in cotangents for p in heads.below[edge]}.values())
             edges = [heads.edges[edge] for edge in cotangents]
             keep = step.retain_graph or any(later)
             values = gradients(edges, leaves, list(cotangents.values()), keep)
@@ -116,21 +153,36 @@ def lean_surgery(step: Step, rows: Rows, weigh: Weigh, *, weighted_heads: bool) 
     heads = head_pass(step, border)
     shared = {id(p) for p in step.parts.shared}
     apart = {id(p) for found in heads.gradients for p in found}
-    below = _below(heads, step)
+    below = heads.trunk()
     spared = [p for p in below if id(p) in shared - apart]
     formed = [p for p in below if id(p) in shared & apart]
     cotangents = heads.stacked()
-    gramian, batches = trunk_gramian(heads.edges, cotangents, spared, formed)
-    rows.lay_out([p for p in step.parts.shared if id(p) in apart], len(step.tasks), None)
+    gramian: Tensor | None = None
+    try:
+        gramian, batches = trunk_gramian(heads.edges, cotangents, spared, formed)
+        wide = {id(p): b for p, b in zip(formed, batches, strict=True) if b is not None}
+    except NotBatchable as error:
+        spared, formed = [], [*spared, *formed]
+        said = str(error)
+    in_rows = apart | {id(p) for p in formed}
+    rows.lay_out([p for p in step.parts.shared if id(p) in in_rows], len(step.tasks), None)
     own = []
     for task, found in enumerate(heads.gradients):
-        for leaf, batch in zip(formed, batches, strict=True):
-            if batch is not None:
-                part = batch.select(0, task)
-                found[leaf] = found[leaf] + part if leaf in found else part
+        part: Sequence[Tensor | None]
+        if gramian is None:
+            starts = [batch.select(0, task) for batch in cotangents]
+            part = gradients(heads.edges, formed, starts, retain_graph=True)
+        else:
+            part = [wide[id(p)].select(0, task) if id(p) in wide else None for p in formed]
+        for leaf, value in zip(formed, part, strict=True):
+            if value is not None:
+                found[leaf] = found[leaf] + value if leaf in found else value
         own.append(rows.write(task, list(found), list(found.values())))
         found.clear()
-    weights = weigh(gramian + rows.gramian(len(step.tasks), step.device).to(gramian))
+    if gramian is None:
+        warn_not_batchable(said)
+    product = rows.gramian(len(step.tasks), step.device)
+    weights = weigh(product if gramian is None else gramian + product.to(gramian))
     rows.deliver(weights)
     rest = [p for p in below if id(p) not in shared]
     _through_trunk(step, heads.edges, cotangents, weights, spared, rest, weighted_heads)
@@ -170,7 +222,7 @@ def feature_surgery(
             f"them. One of shape {tuple(around[0].shape)} is reached around them; add the tensor through which it "
             'is to `features`, or use `level="parameters"`.'
         )
-    below = _below(heads, step)
+    below = heads.trunk()
     cotangents = heads.stacked()
     gramian = torch.zeros((), dtype=kernels.solver_dtype(step.device), device=step.device)
     for batch in cotangents:
@@ -202,11 +254,6 @@ def _some(heads: Heads) -> None:
             "The losses must depend on the parameters through `features`. None of them passes through these tensors: "
             "pass the very tensors that the heads were given, from the same forward pass."
         )
-
-
-def _below(heads: Heads, step: Step) -> list[Tensor]:
-    reached = walk(heads.edges, step.parameters).leaves
-    return list({id(p): p for leaves in reached for p in leaves}.values())
 
 
 def _through_trunk(

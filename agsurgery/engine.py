@@ -120,7 +120,7 @@ class Engine:
         hidden = reach.reentrant or any_sharded(parameters or ())
         if not hidden:
             check_reach(names, roots, reach, self.options.outside)
-        parts = split(reach.leaves, self._named())
+        parts = split(reach, self._named())
         step = Step(
             tuple(names),
             values,

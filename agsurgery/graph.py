@@ -20,7 +20,9 @@ class Reach:
     """What a walk over the autograd graph of K losses found.
 
     Attributes:
-        leaves: for each loss, the leaf tensors that it reaches, in the order of the walk's parameter list.
+        leaves: for each loss, the leaf tensors that it reaches; first those that every loss reaches.
+        found: all leaves asked about.
+        masks: for each loss, `leaves` as a bit mask over `found`.
         retain: for each loss, whether a later loss needs part of its graph.
         others: leaves reached that were not in the list asked about.
         reentrant: whether a reentrant checkpoint lies on the way, which `torch.autograd.grad` cannot see through.
@@ -28,6 +30,8 @@ class Reach:
     """
 
     leaves: list[list[Tensor]]
+    found: list[Tensor]
+    masks: list[int]
     retain: list[bool]
     others: list[Tensor]
     reentrant: bool
@@ -84,83 +88,140 @@ def walk(
     Returns:
         A `Reach`. Losses are taken to be differentiated in their order, down to the nodes where the walk stopped.
     """
-    found: list[Tensor] = list(parameters or ())
-    position = {id(leaf): i for i, leaf in enumerate(found)}
-    others: dict[int, Tensor] = {}
-    gates: dict[tuple[Node, int], int] = {}  # edges into `stop`, and their bits in `gate_masks`
-    reached: dict[Node, int] = {}  # the leaves below a node, as a bit mask over `found`
-    entered: dict[Node, int] = {}  # the gates below a node, likewise; only kept where there are any
-    # The first loss that came by, for nodes that may hold saved tensors.
-    owner: dict[Node, int] = {}
-    group = list(range(len(roots)))  # equal labels: losses joined by common nodes
-    reentrant = False
-
-    def meet(node: Node, loss: int) -> None:
-        old, new = group[owner.get(node, loss)], group[loss]
-        if old != new:
-            group[:] = [new if label == old else label for label in group]
-
-    def leaf_mask(leaf: Tensor) -> int:
-        if id(leaf) not in position:
-            if parameters is not None:
-                others[id(leaf)] = leaf
-                return 0
-            position[id(leaf)] = len(found)
-            found.append(leaf)
-        return 1 << position[id(leaf)]
-
-    def gate_mask(node: Node, number: int) -> int:
-        return 1 << gates.setdefault((node, number), len(gates))
-
+    search = _Search(parameters, stop, len(roots))
+    masks: list[int] = []
+    gate_masks: list[int] = []
     for loss, root in enumerate(roots):
-        stack = [] if root is None or root.node in stop else [(root.node, children(root.node))]
-        while stack:
-            node, below = stack[-1]
-            fresh = [child for child in below if child not in reached and child not in stop]
-            if fresh and node not in reached:
-                stack += [(child, children(child)) for child in fresh]
-                continue
-            stack.pop()
-            if node in reached:
-                meet(node, loss)
-                continue
-            leaf = None if below else leaf_of(node)
-            if leaf is not None:
-                reached[node] = leaf_mask(leaf)
-                continue
-            mask = gate = 0
-            for child in below:
-                if child not in stop:
-                    meet(child, loss)
-                    mask |= reached[child]
-                    gate |= entered.get(child, 0)
-            if stop:
-                for entered_node, number in node.next_functions:
-                    if entered_node is not None and entered_node in stop:
-                        gate |= gate_mask(entered_node, number)
-            if gate:
-                entered[node] = gate
-            reached[node], owner[node] = mask, loss
-            reentrant |= is_reentrant(node)
-
-    masks, gate_masks = [], []
-    for root in roots:
-        inside = root is not None and root.node not in stop
-        masks.append(reached[root.node] if root is not None and inside else 0)
-        if root is not None and not inside:
-            gate_masks.append(gate_mask(root.node, root.output_nr))
+        if root is None:
+            masks.append(0)
+            gate_masks.append(0)
+        elif root.node in stop:
+            masks.append(0)
+            gate_masks.append(search.gate(root.node, root.output_nr))
         else:
-            gate_masks.append(0 if root is None else entered.get(root.node, 0))
+            search.visit(loss, root.node)
+            masks.append(search.reached[root.node])
+            gate_masks.append(search.entered.get(root.node, 0))
+    group, gates = search.group, list(search.gates)
     return Reach(
-        leaves=[[leaf for i, leaf in enumerate(found) if mask >> i & 1] for mask in masks],
+        leaves=_members(search.found, masks),
+        found=search.found,
+        masks=masks,
         retain=[label in group[i + 1 :] for i, label in enumerate(group)],
-        others=list(others.values()),
-        reentrant=reentrant,
-        border=[
-            [GradientEdge(*edge) for edge, i in gates.items() if mask >> i & 1]
-            for mask in gate_masks
-        ],
+        others=list(search.others.values()),
+        reentrant=search.reentrant,
+        border=[[GradientEdge(*gates[i]) for i in _bits(mask)] for mask in gate_masks],
     )
+
+
+class _Search:
+    """The depth-first search of `walk`, which runs in every step: its loop is written for speed.
+
+    Attributes:
+        found: leaves asked about; bit i of a mask of leaves stands for the i-th.
+        others: leaves reached that were not asked about.
+        reached: for each node done, the leaves below.
+        owner: for each node that may hold saved tensors, the first loss that came by.
+        group: for each loss a label; equal ones for losses joined by common nodes.
+        gates: edges into `stop`; bit i of a mask of gates stands for the i-th.
+        entered: for each node done, the gates below, where there are any.
+    """
+
+    def __init__(
+        self, parameters: Sequence[Tensor] | None, stop: Collection[Node], losses: int
+    ) -> None:
+        self.found = list(parameters or ())
+        self.others: dict[int, Tensor] = {}
+        self.reached: dict[Node, int] = {}
+        self.owner: dict[Node, int] = {}
+        self.group = list(range(losses))
+        self.gates: dict[tuple[Node, int], int] = {}
+        self.entered: dict[Node, int] = {}
+        self.reentrant = False
+        self._every_leaf = parameters is None
+        self._position = {id(leaf): i for i, leaf in enumerate(self.found)}
+        self._stop = stop
+
+    def visit(self, loss: int, root: Node) -> None:
+        """Find what lies below the root of a loss."""
+        reached, owner, stop = self.reached, self.owner, self._stop
+        below: dict[Node, list[Node]] = {}  # children of the nodes met for the first time
+        stack = [root]
+        while stack:
+            node = stack.pop()
+            if node in reached:
+                continue
+            if node not in below:
+                edges = node.next_functions
+                leaf = None if edges else leaf_of(node)
+                if leaf is not None:
+                    reached[node] = self._bit(leaf)
+                    continue
+                below[node] = [child for child, _ in edges if child is not None]
+                if stop:
+                    below[node] = [child for child in below[node] if child not in stop]
+                stack.append(node)  # to be done when all below is
+                stack += below[node]
+                continue
+            mask = 0
+            for child in below[node]:
+                mask |= reached[child]
+                if owner.get(child, loss) != loss:
+                    self._join(owner[child], loss)
+            reached[node], owner[node] = mask, loss
+            if is_reentrant(node):
+                self.reentrant = True
+            if stop:
+                self._enter(node, below[node])
+        if owner.get(root, loss) != loss:
+            self._join(owner[root], loss)
+
+    def gate(self, node: Node, number: int) -> int:
+        """Bit of an edge into `stop`."""
+        return 1 << self.gates.setdefault((node, number), len(self.gates))
+
+    def _enter(self, node: Node, below: Sequence[Node]) -> None:
+        mask = 0
+        for child in below:
+            mask |= self.entered.get(child, 0)
+        for entered, number in node.next_functions:
+            if entered is not None and entered in self._stop:
+                mask |= self.gate(entered, number)
+        if mask:
+            self.entered[node] = mask
+
+    def _join(self, first: int, second: int) -> None:
+        old, new = self.group[first], self.group[second]
+        if old != new:
+            self.group = [new if label == old else label for label in self.group]
+
+    def _bit(self, leaf: Tensor) -> int:
+        position = self._position.get(id(leaf))
+        if position is None:
+            if not self._every_leaf:
+                self.others[id(leaf)] = leaf
+                return 0
+            position = self._position[id(leaf)] = len(self.found)
+            self.found.append(leaf)
+        return 1 << position
+
+
+def _bits(mask: int) -> Iterator[int]:
+    """Places of the bits that are set."""
+    while mask:
+        lowest = mask & -mask
+        yield lowest.bit_length() - 1
+        mask ^= lowest
+
+
+def _members(leaves: Sequence[Tensor], masks: Sequence[int]) -> list[list[Tensor]]:
+    """For each mask the leaves in it; those in all masks come first, and are listed once."""
+    common = -1
+    for mask in masks:
+        common &= mask or -1  # a constant loss reaches nothing, and says nothing
+    common = max(common, 0)
+    base = [leaves[i] for i in _bits(common)]
+    return [base + [leaves[i] for i in _bits(mask & ~common)] if mask else [] for mask in masks]
 
 
 def descendants(roots: Sequence[Root]) -> Iterator[Node]:
@@ -233,29 +294,23 @@ class Split:
     own: list[list[Tensor]]
 
 
-def split(leaves: Sequence[Sequence[Tensor]], shared: set[int] | None) -> Split:
+def split(reach: Reach, named: set[int] | None) -> Split:
     """Divide the reached leaves into shared ones and each loss's own.
 
     Args:
-        leaves: for each loss, the leaves that it reaches.
-        shared: ids of the parameters to treat as shared; None: those that two losses or more reach. A parameter
+        reach: see `walk`.
+        named: ids of the parameters to treat as shared; None: those that two losses or more reach. A parameter
             that is not named although several losses reach it is own to each of them, and gets the plain sum.
     """
-    count: dict[int, int] = {}
-    order: dict[int, Tensor] = {}
-    for reached in leaves:
-        for leaf in reached:
-            count[id(leaf)] = count.get(id(leaf), 0) + 1
-            order[id(leaf)] = leaf
-    chosen = (
-        {key for key, times in count.items() if times > 1}
-        if shared is None
-        else shared & order.keys()
-    )
-    return Split(
-        shared=[leaf for key, leaf in order.items() if key in chosen],
-        own=[[leaf for leaf in reached if id(leaf) not in chosen] for reached in leaves],
-    )
+    once = twice = 0
+    for mask in reach.masks:
+        twice |= once & mask
+        once |= mask
+    if named is not None:
+        chosen = [1 << i for i in _bits(once) if id(reach.found[i]) in named]
+        twice = sum(chosen)
+    shared, *own = _members(reach.found, [twice, *(mask & ~twice for mask in reach.masks)])
+    return Split(shared, own)
 
 
 def gradients(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeAlias
 
@@ -16,6 +17,9 @@ from agsurgery.sparse import SparseRows
 
 Columns: TypeAlias = "Callable[[Tensor, int], Tensor]"
 """From `(K, m)` columns, and the number of columns before them, to `(m,)`."""
+
+LARGE = 1 << 16
+"""Entries of a gradient from which on it is copied to its row as soon as it is there."""
 
 
 def gradient_dtype(parameter: Tensor) -> torch.dtype:
@@ -78,32 +82,75 @@ class Rows:
             for position, parameter in enumerate(bucket.parameters)
         }
 
+    @contextmanager
+    def arriving(self, task: int, leaves: Sequence[Tensor]) -> Iterator[set[int]]:
+        """While open, copy large gradients to row `task` as soon as autograd has computed them, and drop them.
+
+        The next ones are then computed in the same memory, still in the processor's cache. Without this, all gradients
+        of a task would lie in memory before the first is copied.
+
+        Args:
+            task: number of the row.
+            leaves: parameters whose gradients may be taken.
+
+        Returns:
+            The ids of the parameters whose gradients came, for `write`; autograd hands out a placeholder for each.
+        """
+        arrived: set[int] = set()
+        places = [self._place.get(id(leaf)) if self._shared else None for leaf in leaves]
+        handles = [
+            on_gradient(leaf, _Receiver(*place, task, id(leaf), arrived))
+            for leaf, place in zip(leaves, places, strict=True)
+            if place is not None and leaf.numel() >= LARGE
+        ]
+        try:
+            yield arrived
+        finally:
+            for handle in handles:
+                handle.remove()
+
     def write(
-        self, task: int, leaves: Sequence[Tensor], gradients: Sequence[Tensor | None]
+        self,
+        task: int,
+        leaves: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        arrived: Collection[int] = (),
     ) -> dict[Tensor, Tensor]:
         """Set row `task`: the given gradients at the places of their parameters, zero elsewhere.
+
+        Args:
+            task: number of the row.
+            leaves: parameters.
+            gradients: of these.
+            arrived: see `arriving`.
 
         Returns:
             The gradients of parameters that have no place here: the loss's own.
         """
         if not self._shared:
             return {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
-        for leaf, gradient in zip(leaves, gradients, strict=True):
-            if (
-                gradient is not None
-                and gradient.layout != torch.strided
-                and id(leaf) in self._place
-            ):
-                self._take_out(leaf, task)
+        sparse = [
+            leaf
+            for leaf, gradient in zip(leaves, gradients, strict=True)
+            if gradient is not None and gradient.layout != torch.strided and id(leaf) in self._place
+        ]
+        if sparse:  # the rows move; what has arrived is written again
+            gradients = [
+                self._row(task, leaf) if id(leaf) in arrived else gradient
+                for leaf, gradient in zip(leaves, gradients, strict=True)
+            ]
+            arrived = ()
+        for leaf in sparse:
+            self._take_out(leaf, task)
         own: dict[Tensor, Tensor] = {}
         # A constant loss reaches no leaf, and writes rows of zeros.
-        rows: dict[Bucket, dict[int, Tensor]] = {bucket: {} for bucket in self._active}
+        rows: dict[Bucket, dict[int, Tensor | None]] = {bucket: {} for bucket in self._active}
         for leaf, gradient in zip(leaves, gradients, strict=True):
             if gradient is None:
                 continue
             place = self._place.get(id(leaf))
             if place is not None:
-                rows[place[0]][place[1]] = gradient
+                rows[place[0]][place[1]] = None if id(leaf) in arrived else gradient
             elif id(leaf) in self._sparse and any(leaf is p for p in self._shared):
                 self._sparse[id(leaf)].put(task, gradient)
             else:
@@ -111,6 +158,10 @@ class Rows:
         for bucket, row in rows.items():
             bucket.write(task, row)
         return own
+
+    def _row(self, task: int, leaf: Tensor) -> Tensor | None:
+        bucket, position = self._place[id(leaf)]
+        return bucket.row(task, position)
 
     def _take_out(self, leaf: Tensor, task: int) -> None:
         """Store the gradients of a parameter on their own, from the first time that one is sparse."""
@@ -217,6 +268,7 @@ class Bucket:
         self._views: list[list[Tensor]] = []
         self._stale: list[set[int]] = []  # per row, positions that hold something else than zero
         self._result: Tensor | None = None
+        self._result_views: list[Tensor] = []
 
     def _place(self) -> tuple[list[int], int, Tensor | None]:
         """Where each parameter starts, the length of a row, and the block of each chunk."""
@@ -272,22 +324,33 @@ class Bucket:
         view = self._views[task][position]
         return torch.view_as_complex(view) if self._complex else view
 
-    def write(self, task: int, gradients: Mapping[int, Tensor]) -> None:
-        """Set row `task`: dense gradients at the positions of their parameters, zero elsewhere."""
+    def receive(self, task: int, position: int, gradient: Tensor) -> None:
+        """Set one parameter's part of row `task`."""
+        self._stale[task].add(position)
+        self._copy(task, [position], [gradient])
+
+    def write(self, task: int, gradients: Mapping[int, Tensor | None]) -> None:
+        """Set row `task`: dense gradients at the positions of their parameters, zero elsewhere.
+
+        None stands for a gradient that was received before.
+        """
         views, stale = self._views[task], self._stale[task]
         if stale != gradients.keys():
             blank = [views[position] for position in stale - gradients.keys()]
             if blank:
                 torch._foreach_zero_(blank)
             self._stale[task] = set(gradients)
-        if not gradients:
-            return
-        sources = list(gradients.values())
+        fresh = {position: g for position, g in gradients.items() if g is not None}
+        if fresh:
+            self._copy(task, list(fresh), list(fresh.values()))
+
+    def _copy(self, task: int, positions: Sequence[int], sources: list[Tensor]) -> None:
         if self._placement is not None:
             sources = [local(source, self._placement) for source in sources]
         if self._complex:
             sources = [torch.view_as_real(source.resolve_conj()) for source in sources]
-        torch._foreach_copy_([views[position] for position in gradients], sources)
+        views = self._views[task]
+        torch._foreach_copy_([views[position] for position in positions], sources)
 
     def gramian(self, tasks: int) -> Tensor:
         """Inner products of the first `tasks` rows; real parts for complex parameters, summed over shards."""
@@ -331,10 +394,11 @@ class Bucket:
     def _deliver(self, combine: Callable[..., Tensor]) -> None:
         """Add what `combine` writes into the flat tensor it is given to the parameters' `.grad`."""
         if all(parameter.grad is None for parameter in self.parameters):
-            self._result = combine(out=self._free_result())
-            for parameter, view in zip(self.parameters, self._handed_out(), strict=True):
-                parameter.grad = view
-        elif self._result is not None and self._delivered(self._result):
+            combine(out=self._free_result())
+            for parameter, view in zip(self.parameters, self._result_views, strict=True):
+                # As `.data`: as a view it would refuse in-place changes that gradients allow.
+                parameter.grad = rewrapped(view.data, parameter)
+        elif self._result is not None and self._delivered():
             combine(out=self._result, accumulate=True)
         else:
             update = combine(out=torch.empty(self._length, dtype=self._dtype, device=self.device))
@@ -343,39 +407,54 @@ class Bucket:
                 view = rewrapped(view.data, parameter)
                 parameter.grad = view if parameter.grad is None else parameter.grad.add_(view)
 
-    def _handed_out(self) -> list[Tensor]:
-        """Views of the result. As `.data`: as a view it would refuse in-place changes that gradients allow."""
-        assert self._result is not None
-        views = self._split(self._result, as_complex=self._complex)
-        return [rewrapped(v.data, p) for v, p in zip(views, self.parameters, strict=True)]
-
-    def _delivered(self, result: Tensor) -> bool:
-        """Whether every `.grad` still is the view of `result` that was handed out."""
-        address, step = result.data_ptr(), result.element_size()
-        for parameter, start, strides in zip(
-            self.parameters, self._starts, self._strides, strict=True
-        ):
+    def _delivered(self) -> bool:
+        """Whether every `.grad` still is the view of the result that was handed out."""
+        for parameter, view in zip(self.parameters, self._result_views, strict=True):
             if parameter.grad is None:
                 return False
             gradient = local(parameter.grad)
-            if gradient.data_ptr() != address + start * step or gradient.stride() != strides:
+            if gradient.data_ptr() != view.data_ptr() or gradient.stride() != view.stride():
                 return False
         return True
 
     def _free_result(self) -> Tensor:
         """The previous result if nobody looks at it any more, else new memory."""
-        if self._result is None or not _sole_owner(self._result):
-            return torch.empty(self._length, dtype=self._dtype, device=self.device)
+        if self._result is None or not _unseen(self._result, len(self._result_views)):
+            self._result = torch.empty(self._length, dtype=self._dtype, device=self.device)
+            self._result_views = self._split(self._result, as_complex=self._complex)
         return self._result
 
 
-def _sole_owner(tensor: Tensor) -> bool:
-    """Whether no other tensor shares the memory of `tensor`: its user may have kept last step's `.grad`."""
+class _Receiver:
+    """Hook on the gradient of one parameter: copies it to its place in a row."""
+
+    def __init__(
+        self, bucket: Bucket, position: int, task: int, key: int, arrived: set[int]
+    ) -> None:
+        self._bucket, self._position, self._task = bucket, position, task
+        self._key, self._arrived = key, arrived
+
+    def __call__(self, gradient: Tensor) -> Tensor | None:
+        if gradient.layout != torch.strided:
+            return None
+        self._bucket.receive(self._task, self._position, gradient)
+        self._arrived.add(self._key)
+        return gradient.new_zeros(()).expand(gradient.shape)
+
+
+def on_gradient(leaf: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
+    """Register a hook on the gradient of a leaf, which runs after those of the user."""
+    untyped: Any = leaf.register_hook
+    return untyped(hook)
+
+
+def _unseen(tensor: Tensor, views: int) -> bool:
+    """Whether only `views` other tensors share the memory of `tensor`: a user may have kept last step's `.grad`."""
     use_count: Any = getattr(torch._C, "_storage_Use_Count", None)
     if use_count is None:
         return False
     storage = tensor.untyped_storage()
-    return int(use_count(storage._cdata)) <= 2  # the tensor, and the storage object just made
+    return int(use_count(storage._cdata)) <= views + 2  # and the storage object just made
 
 
 def buckets(

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from agsurgery.graph import children, descendants, gradients, leaf_of
+from agsurgery.jacobian import on_gradient
 from agsurgery.kernels import gramian, solver_dtype
 
 _SLAB = 1 << 21
@@ -57,11 +58,6 @@ def _tap(batch: Tensor, tasks: int, sink: Sink) -> Tensor:
     untyped: Any = _Tap.apply
     zeros: Tensor = untyped(batch, tasks, sink)
     return zeros
-
-
-def _on_gradient(leaf: Tensor, hook: Callable[[Tensor], Tensor]) -> Any:
-    untyped: Any = leaf.register_hook
-    return untyped(hook)
 
 
 class NotBatchable(Exception):
@@ -133,7 +129,7 @@ def trunk_gramian(
     ends = _bottom(edges, shortcuts, [*formed, *whole])
     handles: list[Any] = []
     for leaf in formed:
-        handles.append(_on_gradient(leaf, lambda g: _tap(g, tasks, consume)))
+        handles.append(on_gradient(leaf, lambda g: _tap(g, tasks, consume)))
     for shortcut in shortcuts:
         if shortcut.node not in ends:
             handles.append(shortcut.node.register_prehook(_watch(shortcut, tasks, add)))

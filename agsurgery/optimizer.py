@@ -232,8 +232,10 @@ class GradientSurgery(Optimizer):
         stored = {key: value for key, value in group.items() if key.startswith(_STATE_PREFIX)}
         if any(engine.published.get(key) is not value for key, value in stored.items()):
             engine.load_state({k.removeprefix(_STATE_PREFIX): v for k, v in stored.items()})
-        stored |= {_STATE_PREFIX + name: value for name, value in engine.state().items()}
-        group.update(stored)
+        state = engine.state()
+        if state or stored:
+            stored |= {_STATE_PREFIX + name: value for name, value in state.items()}
+            group.update(stored)
         engine.published = stored
 
     # -- the base optimizer -----------------------------------------------------------------------

@@ -89,7 +89,9 @@ def rows_by_task(step: Step, rows: Rows, *, retain_last: bool = False) -> Own:
             own.append(rows.write(task, (), ()))
             continue
         keep = retain or step.reach.retain[task]
-        own.append(rows.write(task, leaves, gradients([root], leaves, [step.start(loss)], keep)))
+        with rows.arriving(task, leaves) as arrived:
+            found = gradients([root], leaves, [step.start(loss)], keep)
+        own.append(rows.write(task, leaves, found, arrived))
     return own
 
 

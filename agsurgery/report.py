@@ -135,6 +135,8 @@ class SurgeryReport:
 def detached_losses(losses: list[Tensor]) -> Tensor:
     """Values of the losses as one vector on the device of the first, in their widest dtype."""
     device, dtype = losses[0].device, losses[0].dtype
-    for loss in losses[1:]:
-        dtype = torch.promote_types(dtype, loss.dtype)
-    return torch.stack([loss.to(device, dtype) for loss in losses]).detach()
+    if any(loss.device != device or loss.dtype != dtype for loss in losses):
+        for loss in losses[1:]:
+            dtype = torch.promote_types(dtype, loss.dtype)
+        losses = [loss.to(device, dtype) for loss in losses]
+    return torch.stack(losses).detach()

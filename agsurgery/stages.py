@@ -122,16 +122,21 @@ def rows_through(
     for task, cotangents in enumerate(heads.cotangents):
         found = heads.gradients[task]
         later[task] = False
+        arrived: set[int] = set()
         if cotangents:
             leaves = list({id(p): p for edge in cotangents for p in heads.below[edge]}.values())
             edges = [heads.edges[edge] for edge in cotangents]
             keep = step.retain_graph or any(later)
-            values = gradients(edges, leaves, list(cotangents.values()), keep)
+            whole = [
+                leaf for leaf in leaves if leaf not in found
+            ]  # not a part of the gradient only
+            with rows.arriving(task, whole) as arrived:
+                values = gradients(edges, leaves, list(cotangents.values()), keep)
             for leaf, value in zip(leaves, values, strict=True):
                 if value is not None:
                     found[leaf] = found[leaf] + value if leaf in found else value
         cotangents.clear()
-        own.append(rows.write(task, list(found), list(found.values())))
+        own.append(rows.write(task, list(found), list(found.values()), arrived))
         found.clear()
     return own
 

@@ -229,13 +229,15 @@ def solve(
             f"A method must return {gramian.shape[-1]} weights for {gramian.shape[-1]} tasks. "
             f"{method!r} returned shape {tuple(weights.shape)}."
         )
-    poison = torch.where(known(method, gramian, losses), 0.0, torch.nan)
+    poison = (_seen(method, gramian, losses) * 0).sum(-1)  # NaN if anything is not finite, else 0
     return Solution(weights + poison.unsqueeze(-1), scale + poison)
 
 
 def known(method: Weighting, gramian: Tensor, losses: Tensor | None) -> Tensor:
     """Whether all that `method` looks at is finite: one boolean for each block."""
-    if uses(method) == "losses" and losses is not None:
-        return torch.isfinite(losses).all()
-    finite = torch.isfinite(gramian)
-    return finite.all() if finite.dim() == 2 else finite.flatten(-2).all(-1)
+    return torch.isfinite(_seen(method, gramian, losses)).all(-1)
+
+
+def _seen(method: Weighting, gramian: Tensor, losses: Tensor | None) -> Tensor:
+    """What `method` looks at, in one dimension beside those of the blocks."""
+    return losses if uses(method) == "losses" and losses is not None else gramian.flatten(-2)

@@ -35,7 +35,7 @@ def cosines(gramian: Tensor) -> Cosines:
     is 1 up to rounding for all other rows. NaN and infinity come out as NaN.
     """
     norms = gramian.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-    reciprocals = torch.where(norms == 0, 0.0, norms.reciprocal())
+    reciprocals = norms.reciprocal().nan_to_num(nan=torch.nan, posinf=0.0)
     matrix = (gramian * reciprocals.unsqueeze(-2) * reciprocals.unsqueeze(-1)).clamp(-1, 1)
     return Cosines(norms, reciprocals, matrix)
 

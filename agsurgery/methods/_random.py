@@ -34,7 +34,11 @@ def hashed(value: Tensor) -> Tensor:
 
 def stream(seed: Tensor, draw: Tensor) -> Tensor:
     """Start of the numbers of one draw (0-d int64, as both arguments); the same everywhere."""
-    return hashed(hashed(seed + 1) + draw)
+    return _draw_start(hashed(seed + 1), draw)
+
+
+def _draw_start(seed_hash: Tensor, draw: Tensor) -> Tensor:
+    return hashed(seed_hash + draw)
 
 
 def uniform(start: Tensor, count: int, offset: int = 0) -> Tensor:
@@ -66,6 +70,7 @@ class Draws:
     def __init__(self, seed: int) -> None:
         self._seed = torch.tensor(seed, dtype=torch.int64)
         self._draws = torch.zeros((), dtype=torch.int64)
+        self._hash: Tensor | None = None  # of the seed, on the device of the draws
 
     def tensors(self) -> dict[str, Tensor]:
         """`seed` and `draws`, 0-d int64."""
@@ -81,13 +86,17 @@ class Draws:
             if name not in entries:
                 raise KeyError(f"A random state needs {name!r}. Got {sorted(entries)}.")
             value.copy_(torch.as_tensor(entries[name]))
+        self._hash = None
 
     def next(self, device: torch.device) -> Tensor:
         """A 0-d int64 on `device` from which to hash the numbers of the next draw."""
         if self._draws.device != device:
             self._seed, self._draws = self._seed.to(device), self._draws.to(device)
+            self._hash = None
+        if self._hash is None:
+            self._hash = hashed(self._seed + 1)
         self._draws.add_(1)
-        return stream(self._seed, self._draws)
+        return _draw_start(self._hash, self._draws)
 
 
 class RandomlyOrdered(Method):

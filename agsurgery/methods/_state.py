@@ -74,7 +74,7 @@ class TaskState:
         old = self.read(tasks, like)
         for name, value in values.items():
             order, _ = self._entries[name]
-            chosen = where.view(*where.shape, *(1,) * order)
+            chosen = where.view(where.shape + (1,) * order)
             target = self._tensors[name]
             if self._tasks == tuple(tasks) or order == 0:
                 torch.where(chosen, value, target, out=target)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from agsurgery.methods._base import Problem, Reduction, Solution, Weighting
-from agsurgery.methods._cosine import NOISE, Cosines, squared_norm
+from agsurgery.methods._cosine import NOISE, Cosines
 from agsurgery.methods._wrapper import Wrapper
 
 
@@ -21,9 +21,10 @@ def norm_restoring_scale(weights: Tensor, split: Cosines, max_scale: float | Non
     Returns:
         `(...)`; 1 where the update is rounding noise (see `NOISE`).
     """
-    plain = squared_norm(torch.ones_like(weights), split)
-    projected = squared_norm(weights, split)
-    noise = NOISE * (weights.abs() * split.norms).sum(-1).square()
+    # Lengths along the unit gradients, of the plain sum and of the update, and both squared norms in one product.
+    lengths = torch.stack((split.norms, weights * split.norms), -2)
+    plain, projected = (lengths * (lengths @ split.matrix)).sum(-1).clamp(min=0).unbind(-1)
+    noise = NOISE * lengths.select(-2, 1).abs().sum(-1).square()
     scale = torch.where(projected <= noise, 1.0, (plain / projected).sqrt())
     return scale if max_scale is None else scale.clamp(max=max_scale)
 

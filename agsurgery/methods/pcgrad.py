@@ -32,12 +32,17 @@ def pcgrad_weights(split: Cosines, orders: Tensor | None) -> Tensor:
         overlap = split.matrix.diagonal(1, -2, -1).clamp(max=0)
         return 1 - overlap * split.norms.flip(-1) * split.reciprocals
     assert orders is not None
-    change = torch.zeros_like(split.matrix)
-    for against in orders.unbind(1):
-        targets = against.unsqueeze(1).expand(*split.norms.shape, 1)
-        columns = split.matrix.index_select(-2, against)
-        cosine = split.matrix.gather(-1, targets) + (change * columns).sum(-1, keepdim=True)
-        change.scatter_add_(-1, targets, cosine.clamp_(max=0).neg_())
+    opposed = -split.matrix
+    places = orders.expand(*split.norms.shape, tasks - 1)
+    starts = opposed.gather(-1, places)
+    columns = opposed.index_select(-2, orders.reshape(-1))
+    columns = columns.view(*split.norms.shape, tasks - 1, tasks)
+    change = torch.zeros_like(opposed)
+    for target, start, column in zip(
+        torch.split(places, 1, -1), torch.split(starts, 1, -1), columns.unbind(-2), strict=True
+    ):
+        overlap = start + (change * column).sum(-1, keepdim=True)
+        change.scatter_add_(-1, target, overlap.clamp_(min=0))
     return 1 + (split.norms.unsqueeze(-1) * change).sum(-2) * split.reciprocals
 
 
@@ -73,4 +78,4 @@ class PCGrad(RandomlyOrdered):
     def _solve_sum(self, problem: Problem) -> Solution:
         split = problem.split
         weights = pcgrad_weights(split, self._orders(problem.gramian))
-        return Solution(weights, torch.ones_like(weights.narrow(-1, 0, 1).squeeze(-1)))
+        return Solution(weights, weights.new_ones(weights.shape[:-1]))

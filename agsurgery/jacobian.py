@@ -314,7 +314,7 @@ class Bucket:
         if len(self._views) < tasks:
             shape = (tasks, self._length)
             self._rows = torch.zeros(shape, dtype=self._row_dtype, device=self.device)
-            self._views = [self._split(row, as_complex=False) for row in self._rows]
+            self._views = [self._split(row, as_complex=False) for row in self._rows.unbind()]
             self._stale = [set() for _ in range(tasks)]
 
     def row(self, task: int, position: int) -> Tensor | None:
@@ -354,7 +354,7 @@ class Bucket:
 
     def gramian(self, tasks: int) -> Tensor:
         """Inner products of the first `tasks` rows; real parts for complex parameters, summed over shards."""
-        rows = self._rows if len(self._views) == tasks else self._rows[:tasks]
+        rows = self._rows if len(self._views) == tasks else self._rows.narrow(0, 0, tasks)
         if self._block_of_chunk is None:
             product = kernels.gramian(rows)
         else:
@@ -365,7 +365,7 @@ class Bucket:
 
     def deliver(self, weights: Tensor) -> None:
         """Add the weighted sum of the rows to the parameters' `.grad`."""
-        rows = self._rows[: weights.shape[-1]]
+        rows = self._rows.narrow(0, 0, weights.shape[-1])
         weights = weights.to(self.device)
         if self._block_of_chunk is None:
             self._deliver(partial(kernels.combine, weights, rows))
@@ -388,7 +388,7 @@ class Bucket:
         def shifted(columns: Tensor, offset: int) -> Tensor:
             return function(columns, start + offset)
 
-        self._deliver(partial(kernels.combine_columns, shifted, self._rows[:tasks]))
+        self._deliver(partial(kernels.combine_columns, shifted, self._rows.narrow(0, 0, tasks)))
         return start + self._length
 
     def _deliver(self, combine: Callable[..., Tensor]) -> None:
@@ -412,8 +412,7 @@ class Bucket:
         for parameter, view in zip(self.parameters, self._result_views, strict=True):
             if parameter.grad is None:
                 return False
-            gradient = local(parameter.grad)
-            if gradient.data_ptr() != view.data_ptr() or gradient.stride() != view.stride():
+            if not _same_memory(local(parameter.grad), view):
                 return False
         return True
 
@@ -446,6 +445,15 @@ def on_gradient(leaf: Tensor, hook: Callable[[Tensor], Tensor | None]) -> Any:
     """Register a hook on the gradient of a leaf, which runs after those of the user."""
     untyped: Any = leaf.register_hook
     return untyped(hook)
+
+
+def _same_memory(first: Tensor, second: Tensor) -> bool:
+    """Whether two tensors are the same view of the same storage."""
+    return (
+        first.untyped_storage()._cdata == second.untyped_storage()._cdata
+        and first.storage_offset() == second.storage_offset()
+        and first.stride() == second.stride()
+    )
 
 
 def _unseen(tensor: Tensor, views: int) -> bool:

@@ -21,7 +21,12 @@ ALIGN = 16
 BLOCK_CHUNK = 1024
 """The same where every block of parameters has its own weights; each is padded to a multiple of it."""
 
-_SLAB = 256 * CHUNK  # columns worked on at a time where each pass makes copies of them
+_SLAB = 1 << 21  # entries worked on at a time where each pass makes copies of them
+
+
+def slab_length(tasks: int) -> int:
+    """Columns worked on at a time: a multiple of `CHUNK`."""
+    return max(1, _SLAB // (tasks * CHUNK)) * CHUNK
 
 
 def padded_length(columns: int) -> int:
@@ -45,9 +50,8 @@ def gramian(rows: Tensor) -> Tensor:
         Non-finite rows give non-finite entries.
     """
     if rows.element_size() < 4:
-        parts = [
-            _symmetric(_gramian_wide(slab.float())) for slab in torch.split(rows, _SLAB, dim=1)
-        ]
+        slabs = torch.split(rows, slab_length(rows.shape[0]), dim=1)
+        parts = [_symmetric(_gramian_wide(slab.float())) for slab in slabs]
         return parts[0] if len(parts) == 1 else torch.stack(parts).sum(0)
     return _symmetric(_gramian_wide(rows))
 
@@ -90,7 +94,7 @@ def block_gramians(rows: Tensor, block_of_chunk: Tensor, blocks: int) -> Tensor:
     tasks = rows.shape[0]
     total = rows.new_zeros(blocks, tasks, tasks, dtype=solver_dtype(rows.device))
     start = 0
-    for slab in torch.split(rows, _SLAB, dim=1):
+    for slab in torch.split(rows, slab_length(tasks), dim=1):
         wide = slab.float() if slab.element_size() < 4 else slab
         product = chunk_gramians(wide, BLOCK_CHUNK)
         places = block_of_chunk.narrow(0, start, product.shape[0])
@@ -175,8 +179,9 @@ def combine_columns(
     Returns:
         `out`.
     """
-    start = 0
-    for slab, target in zip(torch.split(rows, _SLAB, dim=1), torch.split(out, _SLAB), strict=True):
+    start, length = 0, slab_length(rows.shape[0])
+    slabs = torch.split(rows, length, dim=1)
+    for slab, target in zip(slabs, torch.split(out, length), strict=True):
         update = function(slab.float() if slab.element_size() < 4 else slab, start)
         target.add_(update) if accumulate else target.copy_(update)
         start += slab.shape[1]

@@ -116,7 +116,7 @@ def test_leaves_outside_keep_their_gradient_and_are_refused_if_they_are_paramete
     weight, other = nn.Parameter(torch.ones(3)), nn.Parameter(torch.ones(3))
     points = torch.ones(3, requires_grad=True)
     points.grad = torch.full((3,), 7.0)
-    call = dict(method="sum", engine=engine)
+    call = {"method": "sum", "engine": engine}
     losses = lambda: [(weight * points).sum(), (weight * other).sum()]  # noqa: E731
     with pytest.raises(ValueError, match='outside="ignore"'):
         agsurgery.backward(losses(), [weight], **call)

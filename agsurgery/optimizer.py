@@ -414,10 +414,14 @@ def _loss_scale(scaler: torch.amp.GradScaler | None, parameters: list[Tensor]) -
     return scale
 
 
+_INSIDE = ("base_optimizer", "_base_optimizer", "_optimizer", "optimizer")
+
+
 def unwrap(optimizer: Any) -> GradientSurgery:
     """Return the `GradientSurgery` inside the wrappers of a framework, for its `backward`.
 
-    Follows the attributes `optimizer`, `_optimizer` and `base_optimizer` (Accelerate, Lightning, others).
+    Follows the attributes `optimizer`, `_optimizer`, `base_optimizer` and `_base_optimizer` (Accelerate, Lightning,
+    timm).
 
     Raises:
         TypeError: there is none.
@@ -431,7 +435,7 @@ def unwrap(optimizer: Any) -> GradientSurgery:
         if isinstance(current, GradientSurgery) and "base_optimizer" in content:
             return current
         seen.add(id(current))
-        inner = [content.get(name) for name in ("base_optimizer", "_optimizer", "optimizer")]
+        inner = [content.get(name) for name in _INSIDE]
         pending += [value for value in inner if value is not None and id(value) not in seen]
     raise TypeError(f"`optimizer` must wrap a GradientSurgery. Got {_kind(optimizer)}.")
 

@@ -74,29 +74,22 @@ class Collector:
         for task, gradients, loss in zip(other.tasks, other._waiting, other.losses, strict=True):
             self.add(task, gradients, loss)
 
+    def reached(self) -> list[list[Tensor]]:
+        """For each task, the parameters that it has a gradient for."""
+        return [list(held) for held in self._waiting]
+
     def write(
-        self, rows: Rows, shared: set[int] | None, blocks: Blocks | None, *, keep: bool = False
+        self, rows: Rows, common: Sequence[Tensor], blocks: Blocks | None, *, keep: bool = False
     ) -> Own:
         """Write all rows; returns the gradients that are a task's own.
 
         Args:
             rows: where to write.
-            shared: ids of the parameters to treat as shared; None: those that two tasks or more have.
+            common: the shared parameters.
             blocks: see `Partition`.
             keep: more is to be added later. The gradients of shared parameters are then held in the rows alone. Else
                 everything is forgotten here.
         """
-        count: dict[int, int] = {}
-        order: dict[int, Tensor] = {}
-        for held in self._waiting:
-            for parameter in held:
-                count[id(parameter)] = count.get(id(parameter), 0) + 1
-                order[id(parameter)] = parameter
-        common = [
-            parameter
-            for key, parameter in order.items()
-            if (count[key] > 1 if shared is None else key in shared)
-        ]
         rows.lay_out(common, len(self.tasks), blocks)
         own: Own = []
         self._stored = set()

@@ -20,7 +20,7 @@ from agsurgery.checks import (
     check_rows_kept,
     feature_nodes,
 )
-from agsurgery.graph import split, walk
+from agsurgery.graph import shared_among, split, walk
 from agsurgery.jacobian import Rows, deliver_own
 from agsurgery.kernels import solver_dtype
 from agsurgery.losses import Losses, read_losses
@@ -179,7 +179,7 @@ class Engine:
         elif collected:
             assert step.parameters is not None
             collector = collect(step, step.parameters, retain_last=once_more)
-            own = collector.write(self._rows, self._named(), step.blocks)
+            own = collector.write(self._rows, self._common(collector), step.blocks)
         elif border is not None:
             own = rows_through(step, self._rows, border, retain_last=once_more)
         else:
@@ -306,7 +306,7 @@ class Engine:
                 else:
                     rows_by_task(step, target)
                 if hold:  # in the rows, where `buffer_dtype` counts
-                    collector.write(self._rows, self._named(), step.blocks, keep=True)
+                    collector.write(self._rows, self._common(collector), step.blocks, keep=True)
                     collector.pending = True
         except BaseException:
             self.drop()  # some tasks have come and others not
@@ -328,7 +328,7 @@ class Engine:
             losses = detached_losses([unknown if x is None else x for x in collector.losses])
             run = _Run(None, losses, tuple(collector.tasks), loss_scale)
             blocks = self._partition.blocks(parameters, groups)
-            own = collector.write(self._rows, self._named(), blocks, keep=keep)
+            own = collector.write(self._rows, self._common(collector), blocks, keep=keep)
             self._combine_rows(run)
             self._deliver_own(own, run)
             if keep:
@@ -356,6 +356,10 @@ class Engine:
         for task, gradients in enumerate(own):
             factor = None if self.heads == "own" else run.solution.weights.select(-1, task)
             deliver_own(gradients, factor)
+
+    def _common(self, collector: Collector) -> list[Tensor]:
+        """The parameters that the tasks seen so far share."""
+        return shared_among(collector.reached(), self._named())
 
     def _named(self) -> set[int] | None:
         return None if self.shared is None else {id(p) for p in self.shared}

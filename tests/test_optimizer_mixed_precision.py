@@ -274,12 +274,3 @@ def test_a_disabled_scaler_changes_nothing():
     optimizer.backward(losses(model), scaler=_scaler(enabled=False))
     reference.backward(losses(twin))
     assert same([p.grad for p in model.parameters()], [p.grad for p in twin.parameters()])
-
-
-@pytest.mark.parametrize("scaler", [None, _scaler()], ids=["plain", "scaler"])
-def test_a_model_frozen_as_a_whole_is_refused_with_an_explanation(scaler):
-    model, optimizer = make("sgd")
-    model.requires_grad_(False)
-    x = torch.ones(2, 5, dtype=torch.float64, requires_grad=True)
-    with pytest.raises(ValueError, match="must reach at least one of the parameters"):
-        optimizer.backward([output.sum() for output in model(x)], scaler=scaler)

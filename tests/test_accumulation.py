@@ -127,14 +127,15 @@ def test_micro_batches_train_as_the_full_batch_does(method, way):
         torch.testing.assert_close(one, two)
 
 
-def test_surgery_of_each_micro_batch_is_something_else():
+@pytest.mark.parametrize("batch", range(5))
+def test_surgery_of_each_micro_batch_is_something_else(batch):
     # Otherwise the test above could not see a difference.
     model, optimizer, twin, reference = pair(PCGrad, "combine")
     for rows in PARTS:
-        optimizer.backward(part(model, 0, rows))
-    reference.backward(part(twin, 0, WHOLE))
+        optimizer.backward(part(model, batch, rows))
+    reference.backward(part(twin, batch, WHOLE))
     one, two = model.trunk.weight.grad, twin.trunk.weight.grad
-    assert (one - two).norm() > 0.01 * two.norm()
+    assert (one - two).norm() > 0.1 * two.norm()
 
 
 OPTIONS: dict[str, Callable[[FourTasks], dict[str, Any]]] = {

@@ -170,9 +170,8 @@ def state_dict_hooks(wrap: Wrap) -> None:
     assert calls == ["save", "load"], f"fired {calls}"
 
 
-def resumes(wrap: Wrap) -> None:
-    """Saved and loaded with `weights_only`, a fresh one makes the same next steps."""
-    trial, other = Trial.of(wrap), Trial.of(wrap, seed=1)
+def _goes_on(save: Wrap, load: Wrap) -> None:
+    trial, other = Trial.of(save), Trial.of(load, seed=1)
     trial.steps(0, 1)
     saved = through_a_file(trial.optimizer.state_dict())
     other.model.load_state_dict(trial.model.state_dict())
@@ -180,6 +179,11 @@ def resumes(wrap: Wrap) -> None:
     trial.steps(2, 3)
     other.steps(2, 3)
     assert same(trial, other), "other steps"
+
+
+def resumes(wrap: Wrap) -> None:
+    """Saved and loaded with `weights_only`, a fresh one makes the same next steps."""
+    _goes_on(wrap, wrap)
 
 
 def _stops(trial: Trial) -> None:
@@ -203,25 +207,14 @@ def edit_after_loading_the_base(wrap: Wrap) -> None:
     _stops(trial)
 
 
-def _interchange(save: Wrap, load: Wrap) -> None:
-    trial, other = Trial.of(save), Trial.of(load, seed=1)
-    trial.steps(0, 1)
-    saved = through_a_file(trial.optimizer.state_dict())
-    other.model.load_state_dict(trial.model.state_dict())
-    other.optimizer.load_state_dict(saved)
-    trial.steps(2, 3)
-    other.steps(2, 3)
-    assert same(trial, other), "other steps"
-
-
 def loads_bare(wrap: Wrap) -> None:
     """It loads a checkpoint of the bare optimizer, and goes on as that does."""
-    _interchange(lambda base: base, wrap)
+    _goes_on(lambda base: base, wrap)
 
 
 def bare_loads(wrap: Wrap) -> None:
     """The bare optimizer loads a checkpoint of it, and goes on as it does."""
-    _interchange(wrap, lambda base: base)
+    _goes_on(wrap, lambda base: base)
 
 
 def state_is_visible(wrap: Wrap) -> None:

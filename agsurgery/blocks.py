@@ -63,10 +63,9 @@ class Partition:
         owner: dict[int, str] = {}
         for key, members in parts.items():
             name = str(key)
+            # A tensor could be iterated too, but its rows are no parameters.
             if isinstance(members, Tensor) or not isinstance(members, Iterable):
-                raise TypeError(
-                    _partition_of(members)
-                )  # one by one, rows of a tensor look like parameters
+                raise TypeError(_partition_of(members))
             self._named[name] = list(members)
             for member in self._named[name]:
                 if not isinstance(member, Tensor):

@@ -67,3 +67,11 @@ def test_the_page_shows_the_stored_matrix():
     assert found.group(1).strip() == markdown(stored)
     assert stored["promises"] == {check.__name__: promise(check) for check in CHECKS}
     assert list(stored["subjects"]) == list(SUBJECTS)
+
+
+def test_the_readme_says_what_was_stored():
+    subjects = json.loads(contract_matrix.RESULT.read_text(encoding="utf-8"))["subjects"]
+    kept = [s["kept"] for name, s in subjects.items() if name != BARE and OURS not in name]
+    text = " ".join((PAGE.parent.parent / "README.md").read_text(encoding="utf-8").split())
+    assert f"[all {subjects[OURS]['kept']} promises]" in text
+    assert f"other wrappers keep {min(kept)} to {max(kept)}." in text

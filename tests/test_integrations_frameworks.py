@@ -121,6 +121,23 @@ def test_lightning_mixed_precision_equals_autocast(lightning, mode):
 
 
 @every_mode
+@pytest.mark.parametrize("scale", [2.0**8, 2.0**40], ids=["fits", "too large"])
+def test_lightning_scales_float16_gradients_and_clips_them_as_if_it_did_not(lightning, mode, scale):
+    from lightning.pytorch.plugins import MixedPrecision
+
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    trainer = mode(1, plugins=[MixedPrecision("16-mixed", "cpu", scaler=scaler)])
+    model = trainer.lightning_module.model
+    if scale > 2.0**16:  # too much for float16: every step is skipped
+        assert scaler.get_scale() == scale / 2 ** (EPOCHS * 64 // BATCH)
+        assert same(model.parameters(), TwoTasks().parameters())
+        return
+    assert scaler.get_scale() == scale
+    reference, _ = plain(precision=lambda: torch.autocast("cpu", torch.float16))
+    assert_trained_alike(model, reference, TwoTasks())
+
+
+@every_mode
 def test_lightning_resumes_from_a_checkpoint(lightning, mode, tmp_path, monkeypatch):
     from examples.integrations import lightning_automatic, lightning_manual
 

@@ -42,7 +42,9 @@ class Manual(L.LightningModule):
         if report is None:
             return
         self.log("conflict", report.conflict.float())
-        self.clip_gradients(optimizer, gradient_clip_val=1.0, gradient_clip_algorithm="norm")
+        # Lightning unscales inside `step`: until then, gradients are as long as the scale makes them.
+        longest = 1.0 if scaler is None else scaler.get_scale()
+        self.clip_gradients(optimizer, gradient_clip_val=longest, gradient_clip_algorithm="norm")
         optimizer.step()
         optimizer.zero_grad()
 

@@ -24,7 +24,7 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $@
 
 $(VENV)/.bench: $(VENV)/.torch pyproject.toml
-	$(INSTALL) --editable ".[examples,bench]"
+	$(INSTALL) --editable ".[examples,bench,integrations]"
 	touch $@
 
 $(VENV)/.docs: $(VENV)/.torch pyproject.toml
@@ -56,6 +56,7 @@ check: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.step_cost
 	$(BIN)/python -m benchmarks.solver_cost
+	$(BIN)/python -m benchmarks.contract_matrix
 
 ## docs: build the documentation, warnings are errors
 docs: $(VENV)/.docs

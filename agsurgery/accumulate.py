@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -16,15 +16,26 @@ from agsurgery.sharding import any_sharded
 
 
 class Collector:
-    """Takes what a plain `.backward()` leaves in `.grad`, task by task.
+    """Task gradients that wait to be combined: of one batch, or summed over several micro-batches.
 
-    A parameter that two tasks or more left a gradient in is shared. Which ones these are is known when all tasks have
-    come; until then their gradients wait here, in the memory that autograd gave them.
+    A parameter that two tasks or more have a gradient for is shared. Which ones these are is known when all tasks have
+    come, and may change with every micro-batch.
+
+    Attributes:
+        tasks: names, in the order in which they came.
+        losses: for each task, the sum of its losses; None where nobody saw them.
+        pending: whether something came that no combination has seen.
+        by_hand: whether it came through `taking`.
     """
 
     def __init__(self) -> None:
         self.tasks: list[str] = []
+        self.losses: list[Tensor | None] = []
+        self.pending = False
+        self.by_hand = False
         self._waiting: list[dict[Tensor, Tensor]] = []
+        # Gradients that lie in the rows already, by their ids: sums are made in place there.
+        self._stored: set[int] = set()
 
     @contextmanager
     def taking(self, task: str, parameters: Sequence[Tensor]) -> Iterator[None]:
@@ -34,47 +45,101 @@ class Collector:
         """
         with _put_aside(parameters):
             yield
-            self._add(task, {p: p.grad for p in parameters if p.grad is not None})
+            self.add(task, {p: p.grad for p in parameters if p.grad is not None}, None)
+            self.by_hand = True
 
-    def _add(self, task: str, taken: dict[Tensor, Tensor]) -> None:
+    def add(self, task: str, gradients: Mapping[Tensor, Tensor], loss: Tensor | None) -> None:
+        """Add to what a task has."""
+        self.pending = True
         if task not in self.tasks:
             self.tasks.append(task)
-            self._waiting.append(taken)
+            self.losses.append(loss)
+            self._waiting.append(dict(gradients))
             return
-        held = self._waiting[self.tasks.index(task)]
-        for parameter, gradient in taken.items():
-            held[parameter] = held[parameter] + gradient if parameter in held else gradient
+        place = self.tasks.index(task)
+        known = self.losses[place]
+        self.losses[place] = None if known is None or loss is None else known + loss.to(known)
+        held = self._waiting[place]
+        for parameter, gradient in gradients.items():
+            before = held.get(parameter)
+            if before is None:
+                held[parameter] = gradient
+            elif id(before) in self._stored and gradient.layout == torch.strided:
+                before.add_(gradient)
+            else:  # autograd may hold this tensor elsewhere too
+                held[parameter] = before + gradient
 
-    def write(self, rows: Rows, shared: set[int] | None, blocks: Blocks | None) -> Own:
-        """Write all rows, and forget them here; returns the gradients that are a task's own.
+    def receive(self, other: Collector) -> None:
+        """Add all that another one has."""
+        for task, gradients, loss in zip(other.tasks, other._waiting, other.losses, strict=True):
+            self.add(task, gradients, loss)
+
+    def reached(self) -> list[list[Tensor]]:
+        """For each task, the parameters that it has a gradient for."""
+        return [list(held) for held in self._waiting]
+
+    def write(
+        self, rows: Rows, common: Sequence[Tensor], blocks: Blocks | None, *, keep: bool = False
+    ) -> Own:
+        """Write all rows; returns the gradients that are a task's own.
 
         Args:
             rows: where to write.
-            shared: ids of the parameters to treat as shared; None: those that two tasks or more have.
+            common: the shared parameters.
             blocks: see `Partition`.
+            keep: more is to be added later. The gradients of shared parameters are then held in the rows alone. Else
+                everything is forgotten here.
         """
-        count: dict[int, int] = {}
-        order: dict[int, Tensor] = {}
-        for held in self._waiting:
-            for parameter in held:
-                count[id(parameter)] = count.get(id(parameter), 0) + 1
-                order[id(parameter)] = parameter
-        common = [
-            parameter
-            for key, parameter in order.items()
-            if (count[key] > 1 if shared is None else key in shared)
-        ]
         rows.lay_out(common, len(self.tasks), blocks)
         own: Own = []
+        self._stored = set()
+        self.pending = self.by_hand = False
         for task, held in enumerate(self._waiting):
             own.append(rows.write(task, list(held), list(held.values())))
-            held.clear()  # one task's gradients less beside the rows
-        self.clear()
+            if keep:
+                # Views of rows laid out before stay valid: they hold on to that storage.
+                views = rows.stored(task)
+                held |= views
+                self._stored |= {id(view) for view in views.values()}
+            else:
+                held.clear()  # one task's gradients less beside the rows
+        if not keep:
+            self.clear()
         return own
 
     def clear(self) -> None:
         """Forget everything."""
-        self.tasks, self._waiting = [], []
+        self.tasks, self.losses, self._waiting, self._stored = [], [], [], set()
+        self.pending = self.by_hand = False
+
+
+class Gathering:
+    """Takes the rows of one step for a collector."""
+
+    def __init__(self, collector: Collector, step: Step) -> None:
+        self._collector = collector
+        self._step = step
+
+    def lay_out(self, shared: Sequence[Tensor], tasks: int, blocks: Blocks | None) -> None:
+        """Nothing: that is done when all has come."""
+
+    def arriving(
+        self, task: int, leaves: Sequence[Tensor]
+    ) -> AbstractContextManager[Collection[int]]:
+        """Nothing: a row that has something already cannot be written over."""
+        return nullcontext(())
+
+    def write(
+        self,
+        task: int,
+        leaves: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        arrived: Collection[int] = (),
+    ) -> dict[Tensor, Tensor]:
+        """Add to what the task has; nothing is its own yet."""
+        found = {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
+        self._collector.add(self._step.tasks[task], found, self._step.losses[task].detach())
+        return {}
 
 
 def collect(step: Step, parameters: Sequence[Tensor], *, retain_last: bool = False) -> Collector:
@@ -102,6 +167,7 @@ def collect(step: Step, parameters: Sequence[Tensor], *, retain_last: bool = Fal
                         f"The loss of task {name!r} must reach at least one of the parameters. It has a graph, but "
                         "left no gradient. Give the optimizer the parameters of this model."
                     )
+            collector.losses[task] = loss.detach()
     return collector
 
 

@@ -100,4 +100,6 @@ def backward(
     if params is not None:
         tensors = as_tensors(params, "params")
         unique = list({id(p): p for p in tensors if p.requires_grad}.values())
-    return surgery(losses, unique, features=features, level=level, retain_graph=retain_graph)
+    report = surgery(losses, unique, features=features, level=level, retain_graph=retain_graph)
+    assert report is not None  # it is for `combine=False` only
+    return report

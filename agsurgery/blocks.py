@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
-import torch
 from torch import Tensor
 
 Granularity: TypeAlias = (
@@ -30,6 +29,13 @@ class Blocks(NamedTuple):
         return self.place.get(id(parameter), self.rest)
 
 
+def _partition_of(what: object) -> str:
+    return (
+        "A partition must be a list of lists of parameters, or a dict from name to such a list. "
+        f"Got {type(what).__name__}."
+    )
+
+
 class Partition:
     """The blocks that a user asked for.
 
@@ -51,15 +57,15 @@ class Partition:
                     f"Got {granularity!r}."
                 )
             return
-        if isinstance(granularity, Tensor | torch.nn.Module):
-            raise TypeError(
-                "A partition must be a list of lists of parameters, or a dict from name to such a list. "
-                f"Got {type(granularity).__name__}."
-            )
+        if isinstance(granularity, Tensor) or not isinstance(granularity, Iterable):
+            raise TypeError(_partition_of(granularity))
         parts = granularity if isinstance(granularity, Mapping) else dict(enumerate(granularity))
         owner: dict[int, str] = {}
         for key, members in parts.items():
             name = str(key)
+            # A tensor could be iterated too, but its rows are no parameters.
+            if isinstance(members, Tensor) or not isinstance(members, Iterable):
+                raise TypeError(_partition_of(members))
             self._named[name] = list(members)
             for member in self._named[name]:
                 if not isinstance(member, Tensor):

@@ -12,6 +12,9 @@ from agsurgery.graph import Reach, Root
 from agsurgery.options import Features, Options, Outside
 from agsurgery.sharding import is_sharded
 
+_ROWLESS = ("lean", "reweight")
+"""Engines that do not keep one gradient for each task."""
+
 
 def as_tensors(params: Iterable[Tensor], name: str) -> list[Tensor]:
     """Leaf tensors as a list.
@@ -80,6 +83,16 @@ def check_options(options: Options, kind: str, method: object) -> None:
                 f'`engine` must be "grad" or "accumulate" for a method without weights. Got "{options.engine}" for '
                 f"{method!r}, which works on all coordinates of all task gradients."
             )
+    if options.accumulation == "tasks" and kind == "losses":
+        raise ValueError(
+            '`accumulation` must be "gradients" for a method that weighs losses, whose weighted gradients simply add '
+            f'up. Got "tasks" for {method!r}.'
+        )
+    if options.accumulation == "tasks" and (options.engine in _ROWLESS or options.every > 1):
+        raise ValueError(
+            '`accumulation="tasks"` keeps the gradients of each task, so `engine` must be "grad" or "accumulate" and '
+            f'`every` 1. Got engine="{options.engine}", every={options.every}.'
+        )
     if options.every > 1 and kind != "gramian":
         raise ValueError(
             "`every` must be 1 for a method that does not look at the Gramian: there is nothing to save. "
@@ -99,6 +112,30 @@ def check_options(options: Options, kind: str, method: object) -> None:
         raise ValueError(
             'One weighted backward pass has one weight for each task, so `engine="lean"`, `engine="reweight"` and '
             '`every > 1` need `granularity="global"`.'
+        )
+
+
+def check_rows_kept(options: Options, kind: str, method: object, asked: str) -> None:
+    """Refuse what needs the gradients of each task where nobody keeps them.
+
+    Args:
+        options: the choices.
+        kind: what the method looks at.
+        method: for the message.
+        asked: what needs them, for the message.
+
+    Raises:
+        RuntimeError: the method looks at losses, or the engine runs passes of its own.
+    """
+    if kind == "losses":
+        raise RuntimeError(
+            f"A method that looks at the losses cannot be used with {asked}, which holds gradients only. Pass all "
+            f"losses to one `backward`. Got {method!r}."
+        )
+    if options.engine in _ROWLESS or options.every > 1:
+        raise RuntimeError(
+            f'{asked} holds the gradients of each task, so `engine` must be "grad" or "accumulate" and '
+            f'`every` 1. Got engine="{options.engine}", every={options.every}.'
         )
 
 

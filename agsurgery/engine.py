@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from agsurgery.accumulate import Collector, collect
+from agsurgery.accumulate import Collector, Gathering, collect
 from agsurgery.blocks import Partition
 from agsurgery.checks import (
     as_tensors,
@@ -17,9 +17,10 @@ from agsurgery.checks import (
     check_options,
     check_processes,
     check_reach,
+    check_rows_kept,
     feature_nodes,
 )
-from agsurgery.graph import split, walk
+from agsurgery.graph import shared_among, split, walk
 from agsurgery.jacobian import Rows, deliver_own
 from agsurgery.kernels import solver_dtype
 from agsurgery.losses import Losses, read_losses
@@ -31,6 +32,7 @@ from agsurgery.report import SurgeryReport, detached_losses
 from agsurgery.reuse import Reuse
 from agsurgery.sharding import any_sharded
 from agsurgery.stages import feature_surgery, lean_surgery, rows_through
+from agsurgery.standing import Standing
 
 
 class Engine:
@@ -59,6 +61,7 @@ class Engine:
         self.published: dict[str, Any] = {}
         self._partition = Partition(options.granularity)
         self._reuse = Reuse(options.every)
+        self._standing = Standing()
         self._rows = Rows(options.buffer_dtype)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -66,6 +69,7 @@ class Engine:
         return self.__dict__ | {
             "_rows": Rows(self.options.buffer_dtype),
             "collector": Collector(),
+            "_standing": Standing(),
             "report": None,
             "published": {},
         }
@@ -79,6 +83,7 @@ class Engine:
         """Take over what `state` gave; what it did not know stays as it is."""
         if isinstance(self.method, Method):
             self.method.load_state_dict({**self.method.state(), **entries})
+            self._standing.forget_method()
         self._reuse.load(entries)
 
     # -- one step -----------------------------------------------------------------------------------
@@ -93,7 +98,8 @@ class Engine:
         level: Level = "parameters",
         retain_graph: bool = False,
         loss_scale: Tensor | None = None,
-    ) -> SurgeryReport:
+        combine: bool = True,
+    ) -> SurgeryReport | None:
         """Add the combined gradient of `losses` to the `.grad` of `parameters`; see `agsurgery.backward`.
 
         Args:
@@ -104,8 +110,9 @@ class Engine:
             level: see `agsurgery.backward`.
             retain_graph: see `agsurgery.backward`.
             loss_scale: factor of a `GradScaler`, 0-d; None for 1.
+            combine: False to hold the task gradients for a later call; returns None then.
         """
-        self._idle()
+        gathering = self._gathers(combine, level)
         check_processes(parameters)
         check_level(level, features)
         border = None if features is None else feature_nodes(features)
@@ -140,6 +147,10 @@ class Engine:
         ordinary = self._kind == "losses" or (self.options.engine == "reweight" and not collected)
         if not ordinary:
             check_hooks(step.leaves() if parameters is None else parameters)
+        if gathering:
+            assert parameters is not None
+            self._gather(step, border, collected, hold=not combine)
+            return self._combine_gathered(parameters, groups, loss_scale) if combine else None
         with torch.no_grad(), full_precision(values[0].device):
             run = _Run(step, detached_losses(values))
             if self._kind == "losses":
@@ -168,7 +179,7 @@ class Engine:
         elif collected:
             assert step.parameters is not None
             collector = collect(step, step.parameters, retain_last=once_more)
-            own = collector.write(self._rows, self._named(), step.blocks)
+            own = collector.write(self._rows, self._common(collector), step.blocks)
         elif border is not None:
             own = rows_through(step, self._rows, border, retain_last=once_more)
         else:
@@ -225,24 +236,16 @@ class Engine:
         Raises:
             RuntimeError: the method looks at losses, or the engine is to run backward passes itself.
         """
-        if self._kind == "losses":
-            raise RuntimeError(
-                "A method that looks at the losses cannot be used with `task()`, which sees gradients only. Pass the "
-                f"losses to `backward`. Got {self.method!r}."
-            )
-        if self.options.engine in ("lean", "reweight") or self.options.every > 1:
-            raise RuntimeError(
-                '`task()` takes the gradients that others compute, so `engine` must be "grad" or "accumulate" and '
-                f'`every` 1. Got engine="{self.options.engine}", every={self.options.every}.'
-            )
+        check_rows_kept(self.options, self._kind, self.method, "`task()`")
+        self._renew()
 
     def combine(
         self,
         parameters: Sequence[Tensor],
-        groups: Sequence[Mapping[str, Any]],
+        groups: Sequence[Mapping[str, Any]] | None,
         loss_scale: Tensor | None,
     ) -> SurgeryReport:
-        """Combine the gradients of the tasks that have come.
+        """Combine the task gradients that have come and were not combined yet.
 
         Args:
             parameters: of the optimizer, without duplicates.
@@ -252,21 +255,84 @@ class Engine:
         Raises:
             RuntimeError: no task has come.
         """
-        collector = self.collector
-        if not collector.tasks:
+        if not self.collector.pending:
             raise RuntimeError(
-                "`combine` needs gradients. Compute them inside `with optimizer.task(name):`, once for each task."
+                "`combine` needs gradients. Compute them inside `with optimizer.task(name):`, once for each task, or "
+                "by `backward(losses, combine=False)`."
             )
+        return self._combine_gathered(parameters, groups, loss_scale)
+
+    # -- several calls for one update -----------------------------------------------------------------
+
+    def drop(self) -> None:
+        """Forget task gradients of earlier calls; what is in `.grad` stays."""
+        self.collector.clear()
+        self._standing.clear()
+
+    def _renew(self) -> None:
+        """See whether earlier micro-batches still count."""
+        if self._standing.dropped():
+            self.drop()
+        self._standing.check()
+
+    def _gathers(self, combine: bool, level: Level) -> bool:
+        """Whether the task gradients of this call are kept for later ones, or join those of earlier ones."""
+        if self.collector.by_hand:
+            raise RuntimeError(
+                f"The gradients of the tasks {self.collector.tasks} wait to be combined. Call `combine()` first, or "
+                "`zero_grad()` to drop them."
+            )
+        self._renew()
+        if combine and self.options.accumulation == "gradients" and not self.collector.tasks:
+            return False
+        check_rows_kept(self.options, self._kind, self.method, "`combine=False`")
+        if level == "features":
+            raise ValueError(
+                'Features differ from one micro-batch to the next, so `level="features"` allows neither '
+                '`combine=False` nor `accumulation="tasks"`.'
+            )
+        return True
+
+    def _gather(self, step: Step, border: set[Any] | None, collected: bool, *, hold: bool) -> None:
+        """Add the task gradients of one call to those of the calls before."""
+        collector = self.collector
+        try:
+            with torch.no_grad(), full_precision(step.device):
+                target = Gathering(collector, step)
+                if collected:
+                    collector.receive(collect(step, step.parameters or ()))
+                elif border is not None:
+                    rows_through(step, target, border)
+                else:
+                    rows_by_task(step, target)
+                if hold:  # in the rows, where `buffer_dtype` counts
+                    collector.write(self._rows, self._common(collector), step.blocks, keep=True)
+                    collector.pending = True
+        except BaseException:
+            self.drop()  # some tasks have come and others not
+            raise
+
+    def _combine_gathered(
+        self,
+        parameters: Sequence[Tensor],
+        groups: Sequence[Mapping[str, Any]] | None,
+        loss_scale: Tensor | None,
+    ) -> SurgeryReport:
+        """Combine all task gradients that have come; with `accumulation="tasks"` in place of the last such update."""
+        collector, keep = self.collector, self.options.accumulation == "tasks"
         device = parameters[0].device
         with torch.no_grad(), full_precision(device):
-            losses = torch.full((len(collector.tasks),), torch.nan, device=device)
+            if keep:
+                self._standing.take_back(parameters, self.method)
+            unknown = torch.full((), torch.nan, device=device)
+            losses = detached_losses([unknown if x is None else x for x in collector.losses])
             run = _Run(None, losses, tuple(collector.tasks), loss_scale)
-            own = collector.write(
-                self._rows, self._named(), self._partition.blocks(parameters, groups)
-            )
+            blocks = self._partition.blocks(parameters, groups)
+            own = collector.write(self._rows, self._common(collector), blocks, keep=keep)
             self._combine_rows(run)
             self._deliver_own(own, run)
-            blocks = self._partition.blocks(parameters, groups)
+            if keep:
+                self._standing.note(parameters)
             self.report = run.report(None if blocks is None else blocks.names)
         return self.report
 
@@ -291,19 +357,16 @@ class Engine:
             factor = None if self.heads == "own" else run.solution.weights.select(-1, task)
             deliver_own(gradients, factor)
 
+    def _common(self, collector: Collector) -> list[Tensor]:
+        """The parameters that the tasks seen so far share."""
+        return shared_among(collector.reached(), self._named())
+
     def _named(self) -> set[int] | None:
         return None if self.shared is None else {id(p) for p in self.shared}
 
     @staticmethod
     def _partition_names(step: Step) -> tuple[str, ...] | None:
         return None if step.blocks is None else step.blocks.names
-
-    def _idle(self) -> None:
-        if self.collector.tasks:
-            raise RuntimeError(
-                f"The gradients of the tasks {self.collector.tasks} wait to be combined. Call `combine()` first, or "
-                "`zero_grad()` to drop them."
-            )
 
     def _check_collected(self, parameters: Sequence[Tensor] | None, border: object) -> None:
         """What `.backward()` calls cannot do."""

@@ -313,6 +313,19 @@ def split(reach: Reach, named: set[int] | None) -> Split:
     return Split(shared, own)
 
 
+def shared_among(leaves: Sequence[Sequence[Tensor]], named: set[int] | None) -> list[Tensor]:
+    """The parameters in two lists or more; or those in any list that are named, by their ids."""
+    count: dict[int, int] = {}
+    order: dict[int, Tensor] = {}
+    for reached in leaves:
+        for leaf in reached:
+            count[id(leaf)] = count.get(id(leaf), 0) + 1
+            order[id(leaf)] = leaf
+    return [
+        leaf for key, leaf in order.items() if (count[key] > 1 if named is None else key in named)
+    ]
+
+
 def gradients(
     roots: Sequence[GradientEdge],
     inputs: Sequence[Tensor | GradientEdge],

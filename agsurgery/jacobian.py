@@ -12,7 +12,7 @@ from torch import Tensor
 
 from agsurgery import kernels
 from agsurgery.blocks import Blocks
-from agsurgery.sharding import Placement, local, placement_of, rewrapped
+from agsurgery.sharding import Placement, is_sharded, local, placement_of, rewrapped
 from agsurgery.sparse import SparseRows
 
 Columns: TypeAlias = "Callable[[Tensor, int], Tensor]"
@@ -158,6 +158,18 @@ class Rows:
         for bucket, row in rows.items():
             bucket.write(task, row)
         return own
+
+    def stored(self, task: int) -> dict[Tensor, Tensor]:
+        """Views of the gradients in row `task`, by parameter: what is added to them is added to the row.
+
+        Without sparse and sharded gradients, and those of which the row holds none.
+        """
+        found = {}
+        for parameter in self._shared:
+            view = self._row(task, parameter) if id(parameter) in self._place else None
+            if view is not None and not is_sharded(parameter):
+                found[parameter] = view
+        return found
 
     def _row(self, task: int, leaf: Tensor) -> Tensor | None:
         bucket, position = self._place[id(leaf)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -15,7 +15,15 @@ from agsurgery.blocks import Granularity
 from agsurgery.engine import Engine
 from agsurgery.losses import Losses
 from agsurgery.methods import AGS, Weighting
-from agsurgery.options import EngineName, Features, Heads, Level, Options, Outside
+from agsurgery.options import (
+    Accumulation,
+    EngineName,
+    Features,
+    Heads,
+    Level,
+    Options,
+    Outside,
+)
 from agsurgery.report import SurgeryReport
 
 _STATE_PREFIX = "agsurgery_"
@@ -42,6 +50,11 @@ class GradientSurgery(Optimizer):
         shared: see `agsurgery.backward`.
         outside: see `agsurgery.backward`.
         buffer_dtype: see `agsurgery.backward`.
+        accumulation: what several calls of `backward` between two steps add up. `"gradients"`: each adds its update to
+            `.grad`, as autograd does. `"tasks"`: each adds to the gradients of its tasks, by name, and sets `.grad` to
+            the combination of all so far, so that micro-batches come to exactly what the full batch comes to. Ends
+            with `step`, with `zero_grad`, and when every `.grad` is None. For loops that do not say which
+            micro-batch is the last; where yours does, `backward(losses, combine=False)` saves work.
 
     Raises:
         TypeError: `optimizer` is not an instance of `torch.optim.Optimizer`, or is a `GradientSurgery` itself.
@@ -86,6 +99,7 @@ class GradientSurgery(Optimizer):
         shared: Iterable[Tensor] | None = None,
         outside: Outside = "error",
         buffer_dtype: torch.dtype | None = None,
+        accumulation: Accumulation = "gradients",
     ) -> None:
         # `Optimizer.__init__` is not called: it would make param groups and state of its own, which go stale.
         if not isinstance(optimizer, Optimizer):
@@ -106,6 +120,7 @@ class GradientSurgery(Optimizer):
             shared=shared,
             outside=outside,
             buffer_dtype=buffer_dtype,
+            accumulation=accumulation,
         )
         self.engine = Engine(AGS() if method is None else method, options)
         self._make_hook_tables()
@@ -121,6 +136,7 @@ class GradientSurgery(Optimizer):
 
     # -- surgery ----------------------------------------------------------------------------------
 
+    @overload
     def backward(
         self,
         losses: Losses,
@@ -129,7 +145,31 @@ class GradientSurgery(Optimizer):
         level: Level = "parameters",
         scaler: torch.amp.GradScaler | None = None,
         retain_graph: bool = False,
-    ) -> SurgeryReport:
+        combine: Literal[True] = True,
+    ) -> SurgeryReport: ...
+
+    @overload
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        features: Features | None = None,
+        level: Level = "parameters",
+        scaler: torch.amp.GradScaler | None = None,
+        retain_graph: bool = False,
+        combine: bool,
+    ) -> SurgeryReport | None: ...
+
+    def backward(
+        self,
+        losses: Losses,
+        *,
+        features: Features | None = None,
+        level: Level = "parameters",
+        scaler: torch.amp.GradScaler | None = None,
+        retain_graph: bool = False,
+        combine: bool = True,
+    ) -> SurgeryReport | None:
         """Add the combined gradient of `losses` to `.grad`, in place of `sum(losses).backward()`.
 
         Args:
@@ -138,12 +178,26 @@ class GradientSurgery(Optimizer):
             level: see `agsurgery.backward`.
             scaler: scale the gradients with this `GradScaler`, in place of `scaler.scale(loss).backward()`.
             retain_graph: keep the graphs for another backward pass.
+            combine: False for all micro-batches of a step but the last: the gradients of each task are held, `.grad`
+                stays as it is, and the next call adds its own to them before it combines. The result is that of the
+                full batch, if each loss is divided as for plain accumulation.
 
         Returns:
-            The `SurgeryReport` of this step, also kept as `report`.
+            The `SurgeryReport` of this step, also kept as `report`, with the sums of the micro-batches' losses; None
+            if `combine` is False.
 
         Raises:
-            TypeError, ValueError, RuntimeError: see `agsurgery.backward`.
+            TypeError, ValueError, RuntimeError: see `agsurgery.backward`. RuntimeError too if gradients are to be held
+                and the engine or the method keeps none, or if `.grad` was changed between micro-batches.
+
+        Example:
+            >>> import torch
+            >>> w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+            >>> optimizer = GradientSurgery(torch.optim.SGD([w], lr=0.1), "pcgrad")
+            >>> optimizer.backward({"a": w[0]}, combine=False)
+            >>> report = optimizer.backward({"a": w[1], "b": w[0] - 2 * w[1]})
+            >>> w.grad
+            tensor([ 2.7000, -0.9000])
         """
         self._synchronise_state()
         parameters = self._parameters()
@@ -155,6 +209,7 @@ class GradientSurgery(Optimizer):
             level=level,
             retain_graph=retain_graph,
             loss_scale=_loss_scale(scaler, parameters),
+            combine=combine,
         )
         self._synchronise_state()
         return report
@@ -190,16 +245,16 @@ class GradientSurgery(Optimizer):
             yield
 
     def combine(self, *, scaler: torch.amp.GradScaler | None = None) -> SurgeryReport:
-        """Add the combined gradient of the tasks seen since the last call to `.grad`.
+        """Add the combined gradient of the tasks seen since the last call to `.grad`; see also `accumulation`.
 
         Args:
             scaler: the `GradScaler` that scaled the losses, for the numbers of the report.
 
         Returns:
-            The `SurgeryReport`, whose losses are NaN: nobody saw them.
+            The `SurgeryReport`. Losses of gradients from `task` are NaN: nobody saw them.
 
         Raises:
-            RuntimeError: no task has come.
+            RuntimeError: nothing has come, from `task` or `backward(losses, combine=False)`.
         """
         self._synchronise_state()
         parameters = self._parameters()
@@ -283,10 +338,10 @@ class GradientSurgery(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of the base optimizer, with the step hooks registered here around it."""
         # As torch does it: hooks see the positional arguments with the optimizer in front.
-        if self.engine.collector.tasks:
+        if self.engine.collector.pending:
             raise RuntimeError(
                 f"The gradients of the tasks {self.engine.collector.tasks} wait to be combined. Call `combine()` "
-                "before `step()`."
+                "before `step()`, or `zero_grad()` to drop them."
             )
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
         kwargs: dict[str, Any] = {}
@@ -300,6 +355,7 @@ class GradientSurgery(Optimizer):
                 )
             args, kwargs = result
         loss: float | None = self.base_optimizer.step(*args[1:], **kwargs)  # runs the global hooks
+        self.engine.drop()
         for hook in list(self._optimizer_step_post_hooks.values()):
             hook(self, args, kwargs)
         return loss
@@ -309,7 +365,7 @@ class GradientSurgery(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, also those of tasks not yet combined; see `torch.optim.Optimizer.zero_grad`."""
-        self.engine.collector.clear()
+        self.engine.drop()
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -358,10 +414,14 @@ def _loss_scale(scaler: torch.amp.GradScaler | None, parameters: list[Tensor]) -
     return scale
 
 
+_INSIDE = ("base_optimizer", "_base_optimizer", "_optimizer", "optimizer")
+
+
 def unwrap(optimizer: Any) -> GradientSurgery:
     """Return the `GradientSurgery` inside the wrappers of a framework, for its `backward`.
 
-    Follows the attributes `optimizer`, `_optimizer` and `base_optimizer` (Accelerate, Lightning, others).
+    Follows the attributes `optimizer`, `_optimizer`, `base_optimizer` and `_base_optimizer` (Accelerate, Lightning,
+    timm).
 
     Raises:
         TypeError: there is none.
@@ -375,7 +435,7 @@ def unwrap(optimizer: Any) -> GradientSurgery:
         if isinstance(current, GradientSurgery) and "base_optimizer" in content:
             return current
         seen.add(id(current))
-        inner = [content.get(name) for name in ("base_optimizer", "_optimizer", "optimizer")]
+        inner = [content.get(name) for name in _INSIDE]
         pending += [value for value in inner if value is not None and id(value) not in seen]
     raise TypeError(f"`optimizer` must wrap a GradientSurgery. Got {_kind(optimizer)}.")
 

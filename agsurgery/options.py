@@ -20,6 +20,9 @@ Heads: TypeAlias = Literal["own", "weighted"]
 Outside: TypeAlias = Literal["error", "ignore"]
 """What to do about parameters that the losses reach and that were not given."""
 
+Accumulation: TypeAlias = Literal["gradients", "tasks"]
+"""What adds up over the calls of `backward` between two steps: `.grad`, or the gradients of each task."""
+
 Level: TypeAlias = Literal["parameters", "features"]
 """Where the task gradients meet."""
 
@@ -43,11 +46,13 @@ class Options:
     shared: Iterable[Tensor] | None = None
     outside: Outside = "error"
     buffer_dtype: torch.dtype | None = None
+    accumulation: Accumulation = "gradients"
 
     def __post_init__(self) -> None:
         _one_of("engine", self.engine, get_args(EngineName))
         _one_of("heads", self.heads, (*get_args(Heads), None))
         _one_of("outside", self.outside, get_args(Outside))
+        _one_of("accumulation", self.accumulation, get_args(Accumulation))
         if isinstance(self.every, bool) or not isinstance(self.every, int) or self.every < 1:
             raise ValueError(f"`every` must be an integer >= 1. Got {self.every!r}.")
         dtype = self.buffer_dtype

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -21,7 +22,6 @@ from agsurgery.graph import (
     is_reentrant,
     meeting_nodes,
 )
-from agsurgery.jacobian import Rows
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,28 @@ Own = list[dict[Tensor, Tensor]]
 """For each loss, the gradients of the parameters that are its own."""
 
 
-def rows_by_task(step: Step, rows: Rows, *, retain_last: bool = False) -> Own:
+class Target(Protocol):
+    """Where rows go: into `Rows`, or to a `Collector` that waits for more."""
+
+    def lay_out(self, shared: Sequence[Tensor], tasks: int, blocks: Blocks | None) -> None:
+        """See `Rows.lay_out`."""
+
+    def arriving(
+        self, task: int, leaves: Sequence[Tensor]
+    ) -> AbstractContextManager[Collection[int]]:
+        """See `Rows.arriving`."""
+
+    def write(
+        self,
+        task: int,
+        leaves: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        arrived: Collection[int] = (),
+    ) -> dict[Tensor, Tensor]:
+        """See `Rows.write`."""
+
+
+def rows_by_task(step: Step, rows: Target, *, retain_last: bool = False) -> Own:
     """One backward pass for each loss, its gradients written to its row; returns the own ones.
 
     Args:

@@ -17,7 +17,7 @@ from agsurgery.graph import any_above_another, gradients, leaf_of, meeting_nodes
 from agsurgery.jacobian import Rows
 from agsurgery.lean import NotBatchable, trunk_gramian, warn_not_batchable
 from agsurgery.methods._base import RowMethod
-from agsurgery.passes import Own, Step, backward_through, rows_by_task
+from agsurgery.passes import Own, Step, Target, backward_through, rows_by_task
 
 Weigh = Callable[[Tensor], Tensor]
 """From a Gramian to the weights."""
@@ -110,7 +110,7 @@ def _closed(border: Sequence[GradientEdge]) -> Iterator[None]:
 
 
 def rows_through(
-    step: Step, rows: Rows, border: Collection[Node], *, retain_last: bool = False
+    step: Step, rows: Target, border: Collection[Node], *, retain_last: bool = False
 ) -> Own:
     """The same as `rows_by_task`, in two stages: the heads, then K passes through what lies below the border."""
     step = replace(step, retain_graph=step.retain_graph or retain_last)
@@ -122,7 +122,7 @@ def rows_through(
     for task, cotangents in enumerate(heads.cotangents):
         found = heads.gradients[task]
         later[task] = False
-        arrived: set[int] = set()
+        arrived: Collection[int] = ()
         if cotangents:
             leaves = list({id(p): p for edge in cotangents for p in heads.below[edge]}.values())
             edges = [heads.edges[edge] for edge in cotangents]

@@ -1,9 +1,9 @@
 """What is lost when weights serve n steps (`every=n`), and what is saved?
 
-A network of two hidden layers learns K = 4 regressions of unequal size whose targets pull its few features in different
-directions, on small batches, with SGD. For each n: backward passes per step, the cosine between the update taken and the
-one that fresh weights would have given on the same batch, the share of tasks that the update opposed (fresh weights:
-none, for this method), and the mean loss at the end relative to that of n = 1. Means over seeds.
+A network of two hidden layers learns K = 4 regressions of unequal size whose targets pull its few features in
+different directions, on small batches, with SGD. For each n: backward passes per step, the cosine between the update
+taken and the one that fresh weights would have given on the same batch, the share of tasks that the update opposed
+(fresh weights: none, for this method), and the mean loss at the end relative to that of n = 1. Means over seeds.
 
     python -m benchmarks.reuse --steps 300
 """
@@ -122,8 +122,8 @@ def answer(rows: dict[str, Any]) -> str:
     """One sentence."""
     row = rows["10"]
     return (
-        f"Answer: with every=10 a step takes {row['passes']:.1f} backward passes instead of {TASKS}; updates have cosine "
-        f"{row['cosine']:.3f} with fresh ones and oppose {row['opposed']:.1%} of the tasks (fresh weights "
+        f"Answer: with every=10 a step takes {row['passes']:.1f} backward passes instead of {TASKS}; updates have "
+        f"cosine {row['cosine']:.3f} with fresh ones and oppose {row['opposed']:.1%} of the tasks (fresh weights "
         f"{rows['1']['opposed']:.1%}); the final loss is {row['final_over_fresh']:.3f} times that of fresh weights."
     )
 

@@ -149,11 +149,6 @@ def test_methods_without_weights_see_16_bit_gradients_widened(dtype):
     assert x.grad.tolist() == [-2.0] * 3
 
 
-def test_weighted_heads_need_weights():
-    with pytest.raises(ValueError, match='must be "own" for a method without weights'):
-        agsurgery.backward([torch.ones(())], None, Largest(), heads="weighted")
-
-
 def test_a_method_by_losses_asked_for_a_gramian_alone_says_what_it_needs():
     with pytest.raises(ValueError, match=r"needs them\. Got a Gramian only"):
         ByLoss().solve(torch.eye(2))

@@ -12,7 +12,7 @@ from agsurgery.blocks import Blocks
 from agsurgery.graph import explained
 from agsurgery.jacobian import Rows
 from agsurgery.passes import Own, Step
-from agsurgery.sharding import any_sharded
+from agsurgery.sharding import Resharding, any_sharded
 
 
 class Collector:
@@ -45,40 +45,51 @@ class Collector:
         for parameter, gradient in taken.items():
             held[parameter] = held[parameter] + gradient if parameter in held else gradient
 
-    def write(self, rows: Rows, shared: set[int] | None, blocks: Blocks | None) -> Own:
+    def reached(self) -> list[list[Tensor]]:
+        """For each task, the parameters that it has a gradient for."""
+        return [list(held) for held in self._waiting]
+
+    def write(self, rows: Rows, common: Sequence[Tensor], blocks: Blocks | None) -> Own:
         """Write all rows, and forget them here; returns the gradients that are a task's own.
 
         Args:
             rows: where to write.
-            shared: ids of the parameters to treat as shared; None: those that two tasks or more have.
+            common: the shared parameters.
             blocks: see `Partition`.
         """
-        count: dict[int, int] = {}
-        order: dict[int, Tensor] = {}
-        for held in self._waiting:
-            for parameter in held:
-                count[id(parameter)] = count.get(id(parameter), 0) + 1
-                order[id(parameter)] = parameter
-        common = [
-            parameter
-            for key, parameter in order.items()
-            if (count[key] > 1 if shared is None else key in shared)
-        ]
-        rows.lay_out(common, len(self.tasks), blocks)
+        waiting = self.take()
+        rows.lay_out(common, len(waiting), blocks)
         own: Own = []
-        for task, held in enumerate(self._waiting):
+        for task, held in enumerate(waiting):
             own.append(rows.write(task, list(held), list(held.values())))
             held.clear()  # one task's gradients less beside the rows
-        self.clear()
         return own
+
+    def take(self) -> list[dict[Tensor, Tensor]]:
+        """The gradients of each task, which are forgotten here."""
+        waiting = self._waiting
+        self.clear()
+        return waiting
 
     def clear(self) -> None:
         """Forget everything."""
         self.tasks, self._waiting = [], []
 
 
-def collect(step: Step, parameters: Sequence[Tensor], *, retain_last: bool = False) -> Collector:
+def collect(
+    step: Step,
+    parameters: Sequence[Tensor],
+    resharding: Resharding | None = None,
+    *,
+    retain_last: bool = False,
+) -> Collector:
     """Call `.backward()` on each loss.
+
+    Args:
+        step: the losses.
+        parameters: those that may get a gradient.
+        resharding: saves FSDP2 to gather the parameters for each pass.
+        retain_last: whether the graphs are needed once more.
 
     Raises:
         ValueError: a loss with a graph left no gradient in any parameter.
@@ -87,7 +98,12 @@ def collect(step: Step, parameters: Sequence[Tensor], *, retain_last: bool = Fal
     # The user's own leaves, such as inputs, keep what they have.
     # (Under FSDP2 the leaves of the graph are its own.)
     others = [] if any_sharded(parameters) else step.reach.others
-    with _put_aside(others):
+    last = (
+        max(task for task, root in enumerate(step.roots) if root is not None)
+        if any(step.roots)
+        else 0
+    )
+    with _put_aside(others), _freed(resharding):
         for task, (name, loss, root) in enumerate(
             zip(step.tasks, step.losses, step.roots, strict=True)
         ):
@@ -95,6 +111,8 @@ def collect(step: Step, parameters: Sequence[Tensor], *, retain_last: bool = Fal
                 if root is None:
                     continue
                 keep = step.retain_graph or retain_last or step.reach.retain[task]
+                if resharding is not None:
+                    resharding.free_after(task == last and not retain_last)
                 with explained(), torch.enable_grad():
                     torch.autograd.backward([root], [step.start(loss)], retain_graph=keep)
                 if all(parameter.grad is None for parameter in parameters):
@@ -103,6 +121,16 @@ def collect(step: Step, parameters: Sequence[Tensor], *, retain_last: bool = Fal
                         "left no gradient. Give the optimizer the parameters of this model."
                     )
     return collector
+
+
+@contextmanager
+def _freed(resharding: Resharding | None) -> Iterator[None]:
+    """At the end, also after an error, the next backward pass frees the parameters as ever."""
+    try:
+        yield
+    finally:
+        if resharding is not None:
+            resharding.free_after(True)
 
 
 @contextmanager

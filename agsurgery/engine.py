@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agsurgery.accumulate import Collector, collect
+from agsurgery.agreement import Agreement, Council, council_for
 from agsurgery.blocks import Partition
 from agsurgery.checks import (
     as_tensors,
+    check_features,
     check_hooks,
     check_options,
-    check_processes,
     check_reach,
     feature_nodes,
 )
-from agsurgery.graph import split, walk
+from agsurgery.distributed import Shifted
+from agsurgery.graph import shared_among, split, walk
 from agsurgery.jacobian import Rows, deliver_own
 from agsurgery.kernels import solver_dtype
 from agsurgery.losses import Losses, read_losses
 from agsurgery.methods import Method, Solution, Weighting, resolve, solve
 from agsurgery.methods._base import RowMethod, uses
 from agsurgery.options import Features, Heads, Level, Options, check_level
+from agsurgery.outbox import Outbox
 from agsurgery.passes import Own, Step, rows_by_task, weighted_backward
 from agsurgery.report import SurgeryReport, detached_losses
 from agsurgery.reuse import Reuse
@@ -60,11 +64,13 @@ class Engine:
         self._partition = Partition(options.granularity)
         self._reuse = Reuse(options.every)
         self._rows = Rows(options.buffer_dtype)
+        self._council: Council | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The storage belongs to these very parameters; a copy makes its own.
         return self.__dict__ | {
             "_rows": Rows(self.options.buffer_dtype),
+            "_council": None,
             "collector": Collector(),
             "report": None,
             "published": {},
@@ -105,13 +111,31 @@ class Engine:
             retain_graph: see `agsurgery.backward`.
             loss_scale: factor of a `GradScaler`, 0-d; None for 1.
         """
+        with self._together(parameters) as council:
+            return self._step(
+                losses, parameters, council, groups, features, level, retain_graph, loss_scale
+            )
+
+    def _step(
+        self,
+        losses: Losses,
+        parameters: Sequence[Tensor] | None,
+        council: Council | None,
+        groups: Sequence[Mapping[str, Any]] | None,
+        features: Features | None,
+        level: Level,
+        retain_graph: bool,
+        loss_scale: Tensor | None,
+    ) -> SurgeryReport:
         self._idle()
-        check_processes(parameters)
         check_level(level, features)
         border = None if features is None else feature_nodes(features)
         with torch.enable_grad():  # views of a loss made under no_grad would have no graph
             names, values, roots = read_losses(losses)
-        if all(root is None for root in roots):
+        # In another process a loss may have one.
+        averaged = council is not None and council.processes.averaging
+        once_more = self.options.engine == "reweight"
+        if all(root is None for root in roots) and (once_more or not averaged):
             raise RuntimeError(
                 "At least one loss must depend on a parameter. None of them has a graph: were they computed "
                 "under `torch.no_grad()`, or detached?"
@@ -137,11 +161,17 @@ class Engine:
         collected = self._kind != "losses" and (hidden or self.options.engine == "accumulate")
         if collected:
             self._check_collected(parameters, border)
-        ordinary = self._kind == "losses" or (self.options.engine == "reweight" and not collected)
+        ordinary = (self._kind == "losses" and (once_more or not averaged)) or (
+            once_more and not collected
+        )
         if not ordinary:
             check_hooks(step.leaves() if parameters is None else parameters)
-        with torch.no_grad(), full_precision(values[0].device):
-            run = _Run(step, detached_losses(values))
+        detached = detached_losses(values)
+        if council is not None:
+            step = self._agreed(step, council, border, collected, level)
+            detached = council.processes.mean_losses(detached)
+        with torch.no_grad(), full_precision(detached.device):
+            run = _Run(step, detached)
             if self._kind == "losses":
                 self._pass_once(run, self._solve(run, run.unknown()))
             elif level == "features":
@@ -154,7 +184,7 @@ class Engine:
     def _at_parameters(self, run: _Run, border: set[Any] | None, collected: bool) -> None:
         """Surgery on the gradients of the shared parameters."""
         step = run.step
-        active = [t for t, root in zip(step.tasks, step.roots, strict=True) if root is not None]
+        active = step.active
         kept = self._reuse.recall(step.tasks, active)
         if kept is not None:
             run.gramian = run.unknown()
@@ -167,8 +197,14 @@ class Engine:
             )
         elif collected:
             assert step.parameters is not None
-            collector = collect(step, step.parameters, retain_last=once_more)
-            own = collector.write(self._rows, self._named(), step.blocks)
+            collector = collect(
+                step, step.parameters, self.options.resharding, retain_last=once_more
+            )
+            agreement = self._agree_on_gradients(collector)
+            common = shared_among(collector.reached(), self._named())
+            if agreement is not None:
+                step, common = replace(step, agreement=agreement), agreement.shared
+            own = collector.write(self._rows, common, step.blocks)
         elif border is not None:
             own = rows_through(step, self._rows, border, retain_last=once_more)
         else:
@@ -181,6 +217,8 @@ class Engine:
             if self.options.engine != "lean":
                 self._combine_rows(run)
             self._deliver_own(own, run)
+            if step.outbox is not None and step.agreement is not None:
+                step.outbox.send(step.agreement.own)
         if run.solution is not None:
             self._reuse.keep(step.tasks, active, run.solution)
 
@@ -202,20 +240,48 @@ class Engine:
         else:
             method = None
 
+        step = run.step
+        council = self._council if step.outbox is not None else None
+
         def weigh(gramian: Tensor) -> Tensor:
+            if council is not None:
+                gramian = council.processes.at_features(gramian)
             if method is None:
                 return self._solve(run, gramian).weights
             self._no_weights(run, gramian)
             return gramian.new_ones(len(run.tasks))
 
         weighted = self.heads == "weighted"
-        own = feature_surgery(run.step, border, weigh, method, weighted_heads=weighted)
+        rule: RowMethod | Shifted | None = method
+        if method is not None and council is not None:
+            rule = Shifted(method, council.processes)
+        own = feature_surgery(step, border, weigh, rule, weighted_heads=weighted)
         self._deliver_own(own, run)
+        if step.outbox is not None and step.agreement is not None:
+            step.outbox.send(step.agreement.reached)
 
     def _pass_once(self, run: _Run, solution: Solution) -> None:
         """One backward pass of the weighted losses."""
         run.solution = solution
-        weighted_backward(run.step, solution.weights, own=self.heads == "own")
+        step, council, own = run.step, self._council, self.heads == "own"
+        plain = replace(step, outbox=None)
+        if step.outbox is None or council is None or step.agreement is None:
+            weighted_backward(step, solution.weights, own=own)
+        elif self.options.engine == "reweight":  # averaged by whoever wraps the model
+            weighted_backward(plain, solution.weights, own=own)
+            council.check_averaged(step.agreement.reached)
+        elif step.hidden or self.options.engine == "accumulate":
+            assert step.parameters is not None
+            collector = Collector()
+            with collector.taking("all", step.parameters):
+                weighted_backward(plain, solution.weights, own=own)
+            agreement = self._agree_on_gradients(collector)
+            assert agreement is not None
+            step.outbox.add(collector.take()[0])
+            step.outbox.send(agreement.reached)
+        else:
+            weighted_backward(step, solution.weights, own=own)
+            step.outbox.send(step.agreement.reached)
 
     # -- tasks one by one -----------------------------------------------------------------------------
 
@@ -261,18 +327,100 @@ class Engine:
         with torch.no_grad(), full_precision(device):
             losses = torch.full((len(collector.tasks),), torch.nan, device=device)
             run = _Run(None, losses, tuple(collector.tasks), loss_scale)
-            own = collector.write(
-                self._rows, self._named(), self._partition.blocks(parameters, groups)
-            )
+            blocks = self._partition.blocks(parameters, groups)
+            with self._together(parameters):
+                agreement = self._agree_on_gradients(collector)
+            common = shared_among(collector.reached(), self._named())
+            if agreement is not None and self._council is not None:
+                common = agreement.shared
+                run.outbox = Outbox(self._council.processes)
+            own = collector.write(self._rows, common, blocks)
             self._combine_rows(run)
             self._deliver_own(own, run)
-            blocks = self._partition.blocks(parameters, groups)
+            if agreement is not None and run.outbox is not None:
+                run.outbox.send(agreement.own)
             self.report = run.report(None if blocks is None else blocks.names)
         return self.report
+
+    # -- several processes ----------------------------------------------------------------------------
+
+    @contextmanager
+    def _together(self, parameters: Sequence[Tensor] | None) -> Iterator[Council | None]:
+        """One step of all processes; None where there is only this one."""
+        council = council_for(self._council, self.options.replicas, parameters)
+        self._council = council
+        self._rows.processes = None if council is None else council.processes
+        with nullcontext() if council is None else council.failing_together():
+            yield council
+
+    def _agreed(
+        self, step: Step, council: Council, border: set[Any] | None, collected: bool, level: Level
+    ) -> Step:
+        """The step as all processes together see it.
+
+        Raises:
+            ValueError, RuntimeError: they are about to do different things, or one of them failed.
+        """
+        averaging = council.processes.averaging
+        # What the losses reach is not in the graph, and is known after the backward passes.
+        later = averaging and (step.hidden or self.options.engine == "accumulate")
+        if averaging and border is not None and any(step.roots):
+            inside = walk(step.roots, step.parameters, border).border
+            check_features(any(inside))
+        agreement = council.agree(
+            "losses",
+            step.tasks,
+            [root is not None for root in step.roots],
+            [] if step.hidden else step.reach.leaves,
+            self._named(),
+            (self._choices(step), level, border is not None, collected, step.loss_scale is None),
+            last=not later,
+        )
+        if not any(agreement.active):
+            raise RuntimeError(
+                "At least one loss must depend on a parameter in one of the processes. None of them has a graph."
+            )
+        step = replace(step, agreement=agreement)
+        if not averaging:
+            return step
+        box = Outbox(council.processes)
+        if step.hidden:
+            return replace(step, outbox=box)
+        here = {id(leaf) for leaves in step.reach.leaves for leaf in leaves}
+        shared = {id(p) for p in agreement.shared} & here
+        # Where the graph of this process does not tell what is shared, it is named.
+        told = shared == {id(p) for p in step.parts.shared}
+        parts = agreement.split(step.reach.leaves)
+        return replace(step, parts=parts, named=step.named or not told, outbox=box)
+
+    def _agree_on_gradients(self, collector: Collector) -> Agreement | None:
+        """What tasks have gradients for, in any process; None where these are not averaged."""
+        council = self._council
+        if council is None or not council.processes.averaging:
+            return None
+        reached = collector.reached()
+        tasks, active = tuple(collector.tasks), [bool(held) for held in reached]
+        return council.agree("gradients", tasks, active, reached, self._named(), self._choices())
+
+    def _choices(self, step: Step | None = None) -> tuple[object, ...]:
+        """What must be equal in all processes, as text that is."""
+        options, blocks = self.options, None if step is None else step.blocks
+        return (
+            type(self.method).__name__,
+            options.engine,
+            self.heads,
+            None if options.replicas is None else options.replicas.exchange,
+            str(options.buffer_dtype),
+            None if blocks is None else blocks.names,
+            None if self.shared is None else len(self.shared),
+            self._reuse.age,
+        )
 
     # -- parts ----------------------------------------------------------------------------------------
 
     def _solve(self, run: _Run, gramian: Tensor) -> Solution:
+        if self._council is not None:
+            self._council.check_alike(gramian)
         run.gramian = gramian
         run.solution = solve(self.method, gramian, run.losses.to(gramian), run.tasks)
         return run.solution
@@ -289,7 +437,10 @@ class Engine:
         assert run.solution is not None
         for task, gradients in enumerate(own):
             factor = None if self.heads == "own" else run.solution.weights.select(-1, task)
-            deliver_own(gradients, factor)
+            if run.outbox is None:
+                deliver_own(gradients, factor)
+            else:
+                run.outbox.add(gradients, factor)
 
     def _named(self) -> set[int] | None:
         return None if self.shared is None else {id(p) for p in self.shared}
@@ -337,6 +488,7 @@ class _Run:
         self._loss_scale = loss_scale if step is None else step.loss_scale
         self.gramian: Tensor | None = None
         self.solution: Solution | None = None
+        self.outbox = None if step is None else step.outbox
 
     @property
     def step(self) -> Step:

@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from agsurgery.blocks import Granularity
+from agsurgery.distributed import ProcessGroup, as_replicas
 from agsurgery.engine import Engine
 from agsurgery.losses import Losses
 from agsurgery.methods import AGS, Weighting
 from agsurgery.options import EngineName, Features, Heads, Level, Options, Outside
 from agsurgery.report import SurgeryReport
+from agsurgery.sharding import Resharding
 
 _STATE_PREFIX = "agsurgery_"
 """State of the method is kept in `param_groups[0]` under this prefix: the one place that every checkpoint
@@ -42,6 +44,10 @@ class GradientSurgery(Optimizer):
         shared: see `agsurgery.backward`.
         outside: see `agsurgery.backward`.
         buffer_dtype: see `agsurgery.backward`.
+        process_group: see `agsurgery.backward`.
+        fsdp_model: a model under `torch.distributed.fsdp.fully_shard`. Its parameters then stay gathered between the
+            backward passes of a step, which saves all but one of K all-gathers for the memory of one full set of
+            parameters.
 
     Raises:
         TypeError: `optimizer` is not an instance of `torch.optim.Optimizer`, or is a `GradientSurgery` itself.
@@ -86,6 +92,8 @@ class GradientSurgery(Optimizer):
         shared: Iterable[Tensor] | None = None,
         outside: Outside = "error",
         buffer_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+        fsdp_model: torch.nn.Module | None = None,
     ) -> None:
         # `Optimizer.__init__` is not called: it would make param groups and state of its own, which go stale.
         if not isinstance(optimizer, Optimizer):
@@ -106,6 +114,8 @@ class GradientSurgery(Optimizer):
             shared=shared,
             outside=outside,
             buffer_dtype=buffer_dtype,
+            replicas=as_replicas(process_group),
+            resharding=None if fsdp_model is None else Resharding(fsdp_model),
         )
         self.engine = Engine(AGS() if method is None else method, options)
         self._make_hook_tables()

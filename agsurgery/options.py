@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from agsurgery.blocks import Granularity
+from agsurgery.distributed import Replicas
+from agsurgery.sharding import Resharding
 
 EngineName: TypeAlias = Literal["grad", "lean", "accumulate", "reweight"]
 """How the task gradients are computed, and how their combination comes to `.grad`."""
@@ -43,6 +45,8 @@ class Options:
     shared: Iterable[Tensor] | None = None
     outside: Outside = "error"
     buffer_dtype: torch.dtype | None = None
+    replicas: Replicas | None = None
+    resharding: Resharding | None = None
 
     def __post_init__(self) -> None:
         _one_of("engine", self.engine, get_args(EngineName))

@@ -87,6 +87,24 @@ class Engine:
             self.method.load_state_dict({**self.method.state(), **entries})
         self._reuse.load(entries)
 
+    def expect(self, parameters: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Make room in the state for the tasks that the user named.
+
+        Args:
+            parameters: of the optimizer, without duplicates.
+            groups: its groups.
+        """
+        tasks = self.options.tasks
+        if not tasks or not parameters:
+            return
+        blocks = self._partition.blocks(parameters, groups)
+        shape = (len(tasks),) if blocks is None else (len(blocks.names), len(tasks))
+        device = parameters[0].device
+        like = torch.zeros(shape, dtype=solver_dtype(device), device=device)
+        if isinstance(self.method, Method):
+            self.method.expect(tasks, like)
+        self._reuse.expect(tasks, like)
+
     # -- one step -----------------------------------------------------------------------------------
 
     def __call__(

@@ -450,15 +450,20 @@ class Bucket:
         Returns:
             The same for the next bucket.
         """
-        first = start if self._part is None else start + self._part.start
+        # A coordinate has a place of its own, and the next bucket the same start, in every process.
+        first, span = start, self._columns
+        if self._placement is not None:
+            part, parts = self._placement.shard()
+            span = sum(-(-p.numel() // kernels.ALIGN) * kernels.ALIGN for p in self.parameters)
+            first, span = start + part * span, parts * span
+        if self._part is not None:
+            first += self._part.start
 
         def shifted(columns: Tensor, offset: int) -> Tensor:
             return function(columns, first + offset)
 
         self._deliver(partial(kernels.combine_columns, shifted, self._averaged(tasks)))
-        return (
-            start + self._columns
-        )  # as in one process, so that draws for coordinates are the same
+        return start + span
 
     def _deliver(self, combine: Callable[..., Tensor]) -> None:
         """Add what `combine` writes into the flat tensor it is given to the parameters' `.grad`."""

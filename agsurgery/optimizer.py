@@ -16,7 +16,7 @@ from agsurgery.distributed import ProcessGroup, as_replicas
 from agsurgery.engine import Engine
 from agsurgery.losses import Losses
 from agsurgery.methods import AGS, Weighting
-from agsurgery.options import EngineName, Features, Heads, Level, Options, Outside
+from agsurgery.options import EngineName, Features, Heads, Level, Options, Outside, as_names
 from agsurgery.report import SurgeryReport
 from agsurgery.sharding import Resharding
 
@@ -44,6 +44,9 @@ class GradientSurgery(Optimizer):
         shared: see `agsurgery.backward`.
         outside: see `agsurgery.backward`.
         buffer_dtype: see `agsurgery.backward`.
+        tasks: names of the tasks, where they are known before the first step. What the method remembers of them, and
+            the weights of `every`, then have their place in the state from the start, which distributed checkpoints
+            need: they restore only what is there already, in the size it has.
         process_group: see `agsurgery.backward`.
         fsdp_model: a model under `torch.distributed.fsdp.fully_shard`. Its parameters then stay gathered between the
             backward passes of a step, which saves all but one of K all-gathers for the memory of one full set of
@@ -92,6 +95,7 @@ class GradientSurgery(Optimizer):
         shared: Iterable[Tensor] | None = None,
         outside: Outside = "error",
         buffer_dtype: torch.dtype | None = None,
+        tasks: Iterable[str] = (),
         process_group: ProcessGroup | None = None,
         fsdp_model: torch.nn.Module | None = None,
     ) -> None:
@@ -114,10 +118,12 @@ class GradientSurgery(Optimizer):
             shared=shared,
             outside=outside,
             buffer_dtype=buffer_dtype,
+            tasks=as_names(tasks),
             replicas=as_replicas(process_group),
             resharding=None if fsdp_model is None else Resharding(fsdp_model),
         )
         self.engine = Engine(AGS() if method is None else method, options)
+        self.engine.expect(self._parameters(), self.param_groups)
         self._make_hook_tables()
         self._synchronise_state()
 

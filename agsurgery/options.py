@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -45,6 +45,7 @@ class Options:
     shared: Iterable[Tensor] | None = None
     outside: Outside = "error"
     buffer_dtype: torch.dtype | None = None
+    tasks: Sequence[str] = ()
     replicas: Replicas | None = None
     resharding: Resharding | None = None
 
@@ -61,6 +62,21 @@ class Options:
             )
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"`buffer_dtype` must be a floating point dtype. Got {dtype}.")
+
+
+def as_names(tasks: Iterable[str]) -> tuple[str, ...]:
+    """Names of tasks as a tuple.
+
+    Raises:
+        TypeError: one string, or something else than strings.
+        ValueError: a name comes twice.
+    """
+    names = () if isinstance(tasks, str) else tuple(tasks)
+    if isinstance(tasks, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`tasks` must be names, such as `['depth', 'edges']`. Got {tasks!r}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"Task names must differ. Got {list(names)}.")
+    return names
 
 
 def check_level(level: Level, features: Features | None) -> None:

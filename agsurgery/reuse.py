@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from agsurgery.methods import Solution
 from agsurgery.methods._state import TaskState
@@ -60,12 +61,15 @@ class Reuse:
         values = {"weights": weights, "scale": solution.scale}
         self._kept.write(active, weights, values, finite)
 
+    def expect(self, tasks: Sequence[str], like: Tensor) -> None:
+        """Make room for the weights of tasks that have not come yet."""
+        if self.every > 1:
+            self._kept.read(tasks, like)
+
     def state(self) -> dict[str, Any]:
         """The live tensors and the age, for a checkpoint; empty if there is nothing to remember."""
-        if self.age == 0:
-            return {}
         tensors = {_PREFIX + name: value for name, value in self._kept.tensors().items()}
-        return {**tensors, _PREFIX + "age": self.age}
+        return {**tensors, _PREFIX + "age": self.age} if tensors else {}
 
     def load(self, entries: Mapping[str, Any]) -> None:
         """Take over what `state` gave; nothing if that was empty, or the weights serve one step."""

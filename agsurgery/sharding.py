@@ -17,10 +17,21 @@ class Placement:
     mesh: Any
     placements: tuple[Any, ...]
 
+    # Of a parameter that is sharded twice (FSDP2 around tensor parallel) one placement is no `is_shard()`.
+
+    def shard(self) -> tuple[int, int]:
+        """Which part of the parameters this process holds, and how many parts there are; replicas hold the same."""
+        part, parts = 0, 1
+        for dimension, placement in enumerate(self.placements):
+            if not placement.is_replicate():
+                size = self.mesh.size(dimension)
+                part, parts = part * size + self.mesh.get_local_rank(dimension), parts * size
+        return part, parts
+
     def summed(self, product: Tensor) -> Tensor:
         """Sum of inner products of local parts over the dimensions of the mesh that hold different parts."""
         for dimension, placement in enumerate(self.placements):
-            if placement.is_shard():
+            if not placement.is_replicate():
                 group = self.mesh.get_group(dimension)
                 torch.distributed.all_reduce(product, group=group)
         return product

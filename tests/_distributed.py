@@ -91,6 +91,7 @@ def _work(rank: int, module: str, world: int, folder: str) -> None:
                 warnings.simplefilter("error")
                 # Of torch itself, in its own FSDP2, DTensor and checkpoints.
                 warnings.filterwarnings("ignore", message=".*is deprecated")
+                warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* view tensor")
                 check(rank, world)
         except BaseException:
             found[name] = f"process {rank}:\n{traceback.format_exc()}"

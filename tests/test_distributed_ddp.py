@@ -27,10 +27,12 @@ SIZES = (4, 4)
 class Net(nn.Module):
     """A trunk under three heads of conflicting aims, and a layer that nobody uses."""
 
-    def __init__(self, dtype: torch.dtype = torch.float64, *, mixed: bool = False) -> None:
+    def __init__(
+        self, dtype: torch.dtype = torch.float64, *, mixed: bool = False, width: int = 33
+    ) -> None:
         super().__init__()
         torch.manual_seed(3)
-        self.first, self.second = nn.Linear(5, 33), nn.Linear(33, 7)
+        self.first, self.second = nn.Linear(5, width), nn.Linear(width, 7)
         self.heads = nn.ModuleList(nn.Linear(7, 2) for _ in TASKS)
         self.idle = nn.Linear(2, 2)
         self.to(dtype)

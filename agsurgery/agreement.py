@@ -92,8 +92,6 @@ class Council:
         self._expected = not last
         low, high = self._owners(leaves)
         processes = self.processes
-        if processes.sharded:  # whoever shards the parameters exchanges in each backward pass
-            settings = (settings, list(active))
         values = [
             len(tasks),
             _digest(tasks),
@@ -121,7 +119,8 @@ class Council:
         if not choices:
             raise ValueError(
                 "All processes must run the same step: same options, features, scaler, and age of weights that are "
-                "kept; and tasks present everywhere if parameters are sharded (pass `0 * loss` for an absent one). Got "
+                'kept; with sharded parameters or `engine="reweight"` every task is needed everywhere (pass `0 * loss` '
+                "for an absent one). Got "
                 f"{' and '.join(processes.texts(repr(settings)))}."
             )
         present = list(active)

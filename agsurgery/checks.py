@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 
-from agsurgery.graph import Reach, Root, through
+from agsurgery.graph import Reach, Root, entry
 from agsurgery.options import Features, Options, Outside
 
 
@@ -54,8 +54,7 @@ def feature_nodes(features: Features) -> set[Node]:
                 f"`features[{i}]` must be computed from parameters. Got a tensor without graph, of shape "
                 f"{tuple(tensor.shape)}: pass the output of the trunk itself, not detached."
             )
-        edge = get_gradient_edge(tensor)
-        nodes.add(through(edge.node, edge.output_nr)[0] or edge.node)
+        nodes.add(entry(get_gradient_edge(tensor)).node)
     return nodes
 
 

@@ -15,7 +15,6 @@ from agsurgery.agreement import Agreement, Council, council_for
 from agsurgery.blocks import Partition
 from agsurgery.checks import (
     as_tensors,
-    check_features,
     check_hooks,
     check_options,
     check_reach,
@@ -35,6 +34,7 @@ from agsurgery.report import SurgeryReport, detached_losses
 from agsurgery.reuse import Reuse
 from agsurgery.sharding import any_sharded
 from agsurgery.stages import feature_surgery, lean_surgery, rows_through
+from agsurgery.together import agreed_on_gradients, seen_together
 
 
 class Engine:
@@ -184,11 +184,22 @@ class Engine:
         )
         if not ordinary:
             check_hooks(step.leaves() if parameters is None else parameters)
-        detached = detached_losses(values)
+        device = values[0].device
         if council is not None:
-            step = self._agreed(step, council, border, collected, level)
-            detached = council.processes.mean_losses(detached)
-        with torch.no_grad(), full_precision(detached.device):
+            device = council.processes.device
+            step = seen_together(
+                step,
+                council,
+                shared=self._named(),
+                border=border,
+                collects=collected or self.options.engine == "accumulate",
+                ordinary=once_more,
+                choices=(*self._choices(step), level),
+            )
+        with torch.no_grad(), full_precision(device):
+            detached = detached_losses(values)
+            if council is not None:
+                detached = council.processes.mean_losses(detached)
             run = _Run(step, detached)
             if self._kind == "losses":
                 self._pass_once(run, self._solve(run, run.unknown()))
@@ -282,17 +293,16 @@ class Engine:
         """One backward pass of the weighted losses."""
         run.solution = solution
         step, council, own = run.step, self._council, self.heads == "own"
-        plain = replace(step, outbox=None)
         if step.outbox is None or council is None or step.agreement is None:
             weighted_backward(step, solution.weights, own=own)
         elif self.options.engine == "reweight":  # averaged by whoever wraps the model
-            weighted_backward(plain, solution.weights, own=own)
+            weighted_backward(replace(step, outbox=None), solution.weights, own=own)
             council.check_averaged(step.agreement.reached)
         elif step.hidden or self.options.engine == "accumulate":
             assert step.parameters is not None
             collector = Collector()
             with collector.taking("all", step.parameters):
-                weighted_backward(plain, solution.weights, own=own)
+                weighted_backward(replace(step, outbox=None), solution.weights, own=own)
             agreement = self._agree_on_gradients(collector)
             assert agreement is not None
             step.outbox.add(collector.take()[0])
@@ -371,56 +381,13 @@ class Engine:
         with nullcontext() if council is None else council.failing_together():
             yield council
 
-    def _agreed(
-        self, step: Step, council: Council, border: set[Any] | None, collected: bool, level: Level
-    ) -> Step:
-        """The step as all processes together see it.
-
-        Raises:
-            ValueError, RuntimeError: they are about to do different things, or one of them failed.
-        """
-        averaging = council.processes.averaging
-        # What the losses reach is not in the graph, and is known after the backward passes.
-        later = averaging and (step.hidden or self.options.engine == "accumulate")
-        if averaging and border is not None and any(step.roots):
-            inside = walk(step.roots, step.parameters, border).border
-            check_features(any(inside))
-        agreement = council.agree(
-            "losses",
-            step.tasks,
-            [root is not None for root in step.roots],
-            [] if step.hidden else step.reach.leaves,
-            self._named(),
-            (self._choices(step), level, border is not None, collected, step.loss_scale is None),
-            last=not later,
-        )
-        if not any(agreement.active):
-            raise RuntimeError(
-                "At least one loss must depend on a parameter in one of the processes. None of them has a graph."
-            )
-        step = replace(step, agreement=agreement)
-        if not averaging:
-            return step
-        box = Outbox(council.processes)
-        if step.hidden:
-            return replace(step, outbox=box)
-        here = {id(leaf) for leaves in step.reach.leaves for leaf in leaves}
-        shared = {id(p) for p in agreement.shared} & here
-        # Where the graph of this process does not tell what is shared, it is named.
-        told = shared == {id(p) for p in step.parts.shared}
-        parts = agreement.split(step.reach.leaves)
-        return replace(step, parts=parts, named=step.named or not told, outbox=box)
-
     def _agree_on_gradients(self, collector: Collector) -> Agreement | None:
-        """What tasks have gradients for, in any process; None where these are not averaged."""
         council = self._council
         if council is None or not council.processes.averaging:
             return None
-        reached = collector.reached()
-        tasks, active = tuple(collector.tasks), [bool(held) for held in reached]
-        return council.agree("gradients", tasks, active, reached, self._named(), self._choices())
+        return agreed_on_gradients(council, collector, self._named(), self._choices(None))
 
-    def _choices(self, step: Step | None = None) -> tuple[object, ...]:
+    def _choices(self, step: Step | None) -> tuple[object, ...]:
         """What must be equal in all processes, as text that is."""
         options, blocks = self.options, None if step is None else step.blocks
         return (

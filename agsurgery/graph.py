@@ -40,9 +40,11 @@ class Reach:
 
 def gradient_root(loss: Tensor) -> Root | None:
     """Edge of the graph that computed `loss`, or None for a constant."""
-    if not loss.requires_grad:
-        return None
-    edge = get_gradient_edge(loss)
+    return get_gradient_edge(loss) if loss.requires_grad else None
+
+
+def entry(edge: GradientEdge) -> GradientEdge:
+    """The edge for which to look at the graph, where `edge` is the one to differentiate."""
     node, number = through(edge.node, edge.output_nr)
     return edge if node is None or node is edge.node else GradientEdge(node, number)
 
@@ -121,6 +123,7 @@ def walk(
     Returns:
         A `Reach`. Losses are taken to be differentiated in their order, down to the nodes where the walk stopped.
     """
+    roots = [None if root is None else entry(root) for root in roots]
     search = _Search(parameters, stop, len(roots))
     masks: list[int] = []
     gate_masks: list[int] = []
@@ -298,7 +301,7 @@ def meeting_nodes(roots: Sequence[Root | None]) -> set[Node]:
     owner: dict[Node, int] = {}
     common: set[Node] = set()
     for loss, root in enumerate(roots):
-        stack = [] if root is None else [root.node]
+        stack = [] if root is None else [entry(root).node]
         while stack:
             node = stack.pop()
             if node in common:

@@ -17,6 +17,7 @@ from agsurgery.graph import (
     Root,
     Split,
     children,
+    entry,
     explained,
     gradients,
     is_reentrant,
@@ -147,8 +148,9 @@ def weighted_backward(step: Step, weights: Tensor, *, own: bool) -> None:
     handles: list[Any] = []
     starts = []
     for root, factor, start, scaled in zip(roots, factors, plain, weighted, strict=True):
-        starts.append(scaled if root.node in common else start)
-        handles += _weigh_below(root, common, factor)
+        first = entry(root).node
+        starts.append(scaled if first in common else start)
+        handles += _weigh_below(first, common, factor)
     try:
         _backward(roots, starts, step.retain_graph, inputs, box)
     finally:
@@ -156,11 +158,11 @@ def weighted_backward(step: Step, weights: Tensor, *, own: bool) -> None:
             handle.remove()
 
 
-def _weigh_below(root: Root, common: Collection[Node], factor: Tensor) -> list[Any]:
+def _weigh_below(first: Node, common: Collection[Node], factor: Tensor) -> list[Any]:
     """Multiply what a loss sends into the common nodes; returns the handles of the hooks."""
     handles = []
     seen: set[Node] = set()
-    stack = [] if root.node in common else [root.node]
+    stack = [] if first in common else [first]
     while stack:
         node = stack.pop()
         if node in seen:

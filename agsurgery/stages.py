@@ -15,7 +15,7 @@ from torch.autograd.graph import GradientEdge, Node
 from agsurgery import kernels
 from agsurgery.checks import check_features
 from agsurgery.distributed import Shifted
-from agsurgery.graph import any_above_another, gradients, leaf_of, meeting_nodes, walk
+from agsurgery.graph import any_above_another, entry, gradients, leaf_of, meeting_nodes, walk
 from agsurgery.jacobian import Rows
 from agsurgery.lean import NotBatchable, trunk_gramian, warn_not_batchable
 from agsurgery.methods._base import RowMethod
@@ -76,8 +76,8 @@ def head_pass(step: Step, border: Collection[Node]) -> Heads:
         if root is None:
             continue
         start = step.start(loss)
-        if root.node in border:  # the loss itself is shared
-            cotangents[task][number[root]] = start
+        if entry(root).node in border:  # the loss itself is shared
+            cotangents[task][number[entry(root)]] = start
             continue
         # Asked for what also lies below the border, autograd would go on through the border.
         entries = frozenset(number[edge] for edge in edges)

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import copy
 import pickle
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch import distributed as dist
+from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 import agsurgery
-from agsurgery import AGS, GradientSurgery, PCGrad, Replicas
+from agsurgery import AGS, GradientSurgery, PCGrad, Replicas, distributed
 from tests._distributed import alone, checks, equal_everywhere, outcomes
 
 TASKS = ("a", "b", "c")
@@ -298,6 +299,7 @@ def check_the_last_pass_averaged_by_ddp_equals_one_process(rank, world):
             return {"engine": "reweight", **named}
 
         Pair(rank, AGS, options=of, reduce_in_backward=True).compare()
+    Pair(rank, AGS, reduce_in_backward=True, options=lambda net: {"heads": "weighted"}).compare()
     Pair(
         rank, agsurgery.UW, options=lambda net: {"engine": "reweight"}, reduce_in_backward=True
     ).compare()
@@ -355,6 +357,46 @@ def check_tasks_one_by_one_equal_one_process(rank, world):
         torch.testing.assert_close(pair.optimizer.report.gramian, pair.reference.report.gramian)
     for mine, other in zip(pair.net.parameters(), pair.single.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+class Whole(nn.Module):
+    """A model that returns its losses."""
+
+    def __init__(self, net: Net) -> None:
+        super().__init__()
+        self.net = net
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        return losses_of(self.net(x))
+
+
+def check_losses_that_ddp_hands_out_tell_what_they_reach(rank, world):
+    for engine in ("grad", "reweight"):
+        net, single = Net(), Net()
+        model = DistributedDataParallel(Whole(net), find_unused_parameters=True)
+        optimizer = GradientSurgery(
+            torch.optim.SGD(net.parameters(), 0.1), process_group=True, engine=engine
+        )
+        reference = GradientSurgery(torch.optim.SGD(single.parameters(), 0.1))
+        for step in range(3):
+            for losses, surgery in (
+                (model(batches(step)[rank]), optimizer),
+                (losses_of(single(torch.cat(batches(step)))), reference),
+            ):
+                surgery.zero_grad()
+                with alone() if surgery is reference else nullcontext():
+                    surgery.backward(losses)
+                surgery.step()
+        for mine, other in zip(net.parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(mine, other)
+
+
+def check_a_static_graph_is_refused(rank, world):
+    net = Net()
+    model = DistributedDataParallel(net, static_graph=True)
+    losses = losses_of(model(batches(0)[rank]))
+    with pytest.raises(RuntimeError, match="static_graph"):
+        agsurgery.backward(losses, net.parameters(), process_group=True)
 
 
 def check_an_ordinary_ddp_step_in_between_is_right(rank, world):
@@ -504,6 +546,103 @@ def check_complex_parameters_are_averaged(rank, world):
     torch.testing.assert_close(part.weight.grad, whole.weight.grad)
 
 
+def check_a_zero_redundancy_base_makes_the_steps_of_a_plain_one(rank, world):
+    adam = {"lr": 1e-2, "weight_decay": 0.1}
+    nets = [Net(), Net()]
+    bases = [
+        ZeroRedundancyOptimizer(nets[0].parameters(), torch.optim.AdamW, **adam),
+        torch.optim.AdamW(nets[1].parameters(), **adam),
+    ]
+    optimizers = [GradientSurgery(base, PCGrad(seed=1), process_group=True) for base in bases]
+    for step in range(5):
+        for net, optimizer in zip(nets, optimizers, strict=True):
+            optimizer.zero_grad()
+            optimizer.backward(losses_of(net(batches(step)[rank])))
+            optimizer.step()
+    assert len(bases[0].state) < len(bases[1].state)  # it holds a part only
+    for mine, other in zip(nets[0].parameters(), nets[1].parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert equal_everywhere(list(nets[0].parameters()), world)
+
+
+# -- what is exchanged -----------------------------------------------------------------------------
+
+
+@contextmanager
+def counted() -> Iterator[list[tuple[str, int]]]:
+    """Kind and size of every exchange inside: the elements that go in."""
+    sent: list[tuple[str, int]] = []
+
+    def spy(name: str, place: int) -> tuple[Any, Any]:
+        original = getattr(dist, name)
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            sent.append((name, args[place].numel()))
+            return original(*args, **kwargs)
+
+        return original, call
+
+    places = {"all_reduce": 0, _name("reduce_scatter"): 1, _name("all_gather"): 1}
+    spies = {name: spy(name, place) for name, place in places.items()}
+    _forget()
+    for name, (_, call) in spies.items():
+        setattr(dist, name, call)
+    try:
+        yield sent
+    finally:
+        for name, (original, _) in spies.items():
+            setattr(dist, name, original)
+        _forget()
+
+
+def _name(kind: str) -> str:
+    old = {"reduce_scatter": "reduce_scatter_tensor", "all_gather": "all_gather_into_tensor"}[kind]
+    return f"{kind}_single" if hasattr(dist, f"{kind}_single") else old
+
+
+def _forget() -> None:
+    distributed._reduce_scatter.cache_clear()
+    distributed._all_gather.cache_clear()
+
+
+def check_a_step_exchanges_what_the_documentation_says(rank, world):
+    net = Net()
+    shared = sum(p.numel() for p in (*net.first.parameters(), *net.second.parameters()))
+    own = sum(p.numel() for p in net.heads.parameters())
+
+    def exchanges(absent: bool = False, **kwargs: Any) -> list[tuple[str, int]]:
+        optimizer = GradientSurgery(
+            torch.optim.SGD(net.parameters(), 0.1), process_group=Replicas(**kwargs)
+        )
+        for _ in range(2):
+            losses = losses_of(net(batches(0)[rank]))
+            if absent and rank:
+                losses["b"] = torch.zeros(())
+            with counted() as sent:
+                optimizer.backward(losses)
+        return sent
+
+    def padded(size: int) -> bool:
+        return shared <= size < 1.2 * shared
+
+    sent = exchanges()
+    comparison, losses, *rows, gramian, gathered, heads = sent
+    assert comparison == ("all_reduce", 13)
+    assert losses == ("all_reduce", 3)
+    assert [name for name, _ in rows] == [_name("reduce_scatter")] * 3
+    assert all(padded(size) for _, size in rows)
+    assert gramian == ("all_reduce", 9)
+    assert gathered[0] == _name("all_gather")
+    assert padded(gathered[1] * world)
+    assert heads == ("all_reduce", own)
+    assert exchanges(agree="once") == sent[1:]
+    comparison, losses, rows, heads = exchanges(exchange="all_reduce")
+    assert rows[0] == "all_reduce"
+    assert padded(rows[1] // 3)
+    # A second comparison where different parameters are reached: two numbers for each, one for each task.
+    assert exchanges(absent=True)[1] == ("all_reduce", 2 * len(list(net.parameters())) + 3)
+
+
 # -- refusals --------------------------------------------------------------------------------------
 
 
@@ -528,6 +667,9 @@ def check_differences_between_processes_are_an_error_in_all_of_them(rank, world)
     _refused(ValueError, "same tasks in the same order", attempt(order))
     options = {"heads": "weighted" if rank else "own"}
     _refused(ValueError, "same step", attempt(dict, options=options))
+    options = {"engine": "reweight"}
+    absent = lambda ls: with_zeros(ls, {"b"} if rank else set())  # noqa: E731
+    _refused(ValueError, r"0 \* loss", attempt(absent, options=options))
     _refused(ValueError, "same step", attempt(dict, method=AGS() if rank else PCGrad()))
     net = Net()
     if rank:

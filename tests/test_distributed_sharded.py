@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
@@ -337,6 +337,32 @@ def check_a_model_of_dtensors_alone_equals_one_process(rank, world):
     agsurgery.backward([whole(loss) for loss in losses(mine)], [mine], AGS())
     with alone():
         agsurgery.backward(losses(single), [single], AGS())
+    torch.testing.assert_close(whole(mine.grad), single.grad)
+
+
+def check_gradients_that_are_partial_sums_are_added_up(rank, world):
+    # Replicated parameters under a batch that is a sharded DTensor: each process has a part of the sum.
+    mesh = init_device_mesh("cpu", (world,))
+    single = nn.Parameter(torch.arange(10, dtype=torch.float64).view(5, 2) / 10)
+    mine = nn.Parameter(distribute_tensor(single.detach().clone(), mesh, [Replicate()]))
+    x = torch.cat(batches(0))
+
+    def losses(w: Tensor, x: Tensor) -> list[Tensor]:
+        out = x @ w
+        return [
+            whole(loss) for loss in ((out - 1).square().sum(), out.sin().sum(), out.exp().sum())
+        ]
+
+    parts = distribute_tensor(x, mesh, [Shard(0)])
+    first = losses(mine, parts)[0]
+    first.backward()
+    assert any(p.is_partial() for p in mine.grad.placements)
+    mine.grad = None
+    for _ in range(2):
+        report = agsurgery.backward(losses(mine, parts), [mine], AGS())
+        with alone():
+            expected = agsurgery.backward(losses(single, x), [single], AGS())
+    torch.testing.assert_close(report.gramian, expected.gramian)
     torch.testing.assert_close(whole(mine.grad), single.grad)
 
 

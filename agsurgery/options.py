@@ -75,7 +75,7 @@ def as_names(tasks: Iterable[str]) -> tuple[str, ...]:
     if isinstance(tasks, str) or not all(isinstance(name, str) for name in names):
         raise TypeError(f"`tasks` must be names, such as `['depth', 'edges']`. Got {tasks!r}.")
     if len(set(names)) < len(names):
-        raise ValueError(f"Task names must differ. Got {list(names)}.")
+        raise ValueError(f"The names in `tasks` must differ. Got {list(names)}.")
     return names
 
 

@@ -1,8 +1,8 @@
 """Checks that run in several processes: started once for a whole file of them, each reported on its own.
 
-`python -m tests._distributed MODULE WORLD FILE` runs every function of a module whose name begins with `check_`, in
-WORLD processes, and writes what went wrong to a file. A fresh interpreter forks them after its imports: faster than
-spawning each, and no thread of autograd exists yet.
+`python -m tests._distributed MODULE WORLD FILE BACKEND` runs every function of a module whose name begins with
+`check_`, in WORLD processes, and writes what went wrong to a file. A fresh interpreter forks them after its imports:
+faster than spawning each, and no thread of autograd exists yet.
 """
 
 from __future__ import annotations
@@ -40,11 +40,12 @@ def checks(module: str) -> dict[str, Check]:
     return {name: value for name, value in content.items() if name.startswith("check_")}
 
 
-def outcomes(module: str, world: int = 2) -> dict[str, str]:
+def outcomes(module: str, world: int = 2, backend: str = "gloo") -> dict[str, str]:
     """For each check of a module what went wrong, by process; empty where all is well."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "outcomes.json"
-        command = [sys.executable, "-m", "tests._distributed", module, str(world), str(file)]
+        arguments = [module, str(world), str(file), backend]
+        command = [sys.executable, "-m", "tests._distributed", *arguments]
         root = Path(__file__).parent.parent
         environment = os.environ | {"OMP_NUM_THREADS": "1"}
         done = subprocess.run(
@@ -74,8 +75,10 @@ def equal_everywhere(tensors: list[torch.Tensor], world: int) -> bool:
     return all(torch.equal(flat, other) for other in all_of_them)
 
 
-def _work(rank: int, module: str, world: int, folder: str) -> None:
+def _work(rank: int, module: str, world: int, folder: str, backend: str) -> None:
     torch.set_num_threads(1)
+    if backend == "nccl":
+        torch.cuda.set_device(rank)
     found: dict[str, str] = {}
     for name, check in checks(module).items():
         start = time.perf_counter()
@@ -83,7 +86,7 @@ def _work(rank: int, module: str, world: int, folder: str) -> None:
         store = Path(folder) / name
         # A group of its own: what one check left unfinished must not meet the next.
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=WAIT
+            backend, init_method=f"file://{store}", rank=rank, world_size=world, timeout=WAIT
         )
         found[name] = ""
         try:
@@ -101,12 +104,14 @@ def _work(rank: int, module: str, world: int, folder: str) -> None:
             print(f"{time.perf_counter() - start:6.2f} {name}", flush=True)
 
 
-def _main(module: str, world: int, file: str) -> None:
+def _main(module: str, world: int, file: str, backend: str) -> None:
     importlib.import_module(module)
     with tempfile.TemporaryDirectory() as folder:
         died = "did not come to an end"
+        # A process that has used CUDA cannot be forked.
+        method = "spawn" if backend == "nccl" else "fork"
         try:
-            mp.start_processes(_work, (module, world, folder), nprocs=world, start_method="fork")
+            mp.start_processes(_work, (module, world, folder, backend), world, start_method=method)
         except (
             Exception
         ) as error:  # gloo aborts the process when messages have another size than expected
@@ -121,4 +126,4 @@ def _main(module: str, world: int, file: str) -> None:
 
 
 if __name__ == "__main__":
-    _main(sys.argv[1], int(sys.argv[2]), sys.argv[3])
+    _main(sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4])

@@ -15,7 +15,7 @@ from torch import distributed as dist
 from agsurgery import kernels
 from agsurgery.sharding import is_sharded
 
-Exchange: TypeAlias = Literal["reduce_scatter", "all_reduce"]
+Exchange: TypeAlias = Literal["auto", "reduce_scatter", "all_reduce"]
 """How the rows of task gradients are averaged."""
 
 Agree: TypeAlias = Literal["always", "once"]
@@ -37,7 +37,8 @@ class Replicas:
         exchange: `"reduce_scatter"`: every process gets the average of a W-th of the columns of all task gradients,
             takes its part of the Gramian and of the update, and all parts are gathered; `(K + 1) n (W - 1) / W` numbers
             leave each process. `"all_reduce"`: every process gets the averages whole, `2 K n (W - 1) / W` numbers, in
-            one exchange instead of K + 2; faster for small models, where the number of exchanges counts.
+            one exchange instead of K + 2. `"auto"`: `"all_reduce"` for parameters on the CPU, where gloo sums faster
+            than it scatters and gathers, else `"reduce_scatter"`.
         agree: `"always"`: in every step the processes compare a few numbers, so that different tasks raise an error
             everywhere and a task may be absent from the batch of one of them. `"once"`: only in the first step; every
             process promises that the same losses reach the same parameters from then on. Where the group can send
@@ -49,12 +50,12 @@ class Replicas:
         TypeError: `group` is not a process group.
 
     Example:
-        >>> Replicas(exchange="all_reduce")
-        Replicas(group=None, exchange='all_reduce', agree='always')
+        >>> Replicas(agree="once")
+        Replicas(group=None, exchange='auto', agree='once')
     """
 
     group: Any = None
-    exchange: Exchange = "reduce_scatter"
+    exchange: Exchange = "auto"
     agree: Agree = "always"
 
     def __post_init__(self) -> None:
@@ -152,6 +153,12 @@ class Processes:
             mine = set(dist.get_process_group_ranks(self._group))
             self._mine[mesh] = len(mine & set(mesh.mesh.flatten().tolist())) <= 1
         return self._mine[mesh]
+
+    def cuts(self, device: torch.device) -> bool:
+        """Whether each process gets a part of the averaged rows on a device, and not all of them."""
+        if self.replicas is None or self.replicas.exchange == "all_reduce":
+            return False
+        return self.replicas.exchange == "reduce_scatter" or device.type != "cpu"
 
     # -- collectives --------------------------------------------------------------------------------
 

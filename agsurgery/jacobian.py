@@ -317,9 +317,7 @@ class Bucket:
     def _cut(self) -> Part | None:
         """This process's part of the rows, whose length grows until it can be cut."""
         processes = self._processes
-        if processes is None or processes.replicas is None:
-            return None
-        if processes.replicas.exchange == "all_reduce":
+        if processes is None or not processes.cuts(self.device):
             return None
         if self._block_of_chunk is not None:
             self._length = processes.stored_length(self._columns, kernels.BLOCK_CHUNK)

@@ -514,6 +514,9 @@ def check_a_group_of_one_process_acts_alone(rank, world):
     torch.testing.assert_close(net.first.weight.grad, single.first.weight.grad)
 
 
+EXCHANGES = [Replicas(exchange=exchange) for exchange in ("reduce_scatter", "all_reduce")]
+
+
 def check_sparse_gradients_are_averaged(rank, world):
     whole, part = (nn.Embedding(9, 3, sparse=True, dtype=torch.float64) for _ in range(2))
     part.load_state_dict(whole.state_dict())
@@ -523,26 +526,31 @@ def check_sparse_gradients_are_averaged(rank, world):
         hidden = table(words).tanh()
         return [(hidden.mean(1) * (i + 1) - (-1) ** i).square().mean() for i in range(2)]
 
-    agsurgery.backward(losses(part, words[rank : rank + 1]), part.parameters(), process_group=True)
+    for group in EXCHANGES:
+        mine = losses(part, words[rank : rank + 1])
+        agsurgery.backward(mine, part.parameters(), process_group=group)
     with alone():
-        agsurgery.backward(losses(whole, words), whole.parameters())
+        for _ in EXCHANGES:
+            agsurgery.backward(losses(whole, words), whole.parameters())
     torch.testing.assert_close(part.weight.grad, whole.weight.grad.to_dense())
 
 
 def check_complex_parameters_are_averaged(rank, world):
-    whole, part = (nn.Linear(5, 3, dtype=torch.complex128) for _ in range(2))
+    whole, part = (nn.Linear(5, 4, dtype=torch.complex128) for _ in range(2))
     part.load_state_dict(whole.state_dict())
 
     def losses(layer, x):
         out = layer(x.to(torch.complex128))
-        return [(out[:, :2] - 1j * i).abs().square().mean() for i in range(2)] + [
-            out[:, 2].abs().mean()
-        ]
+        own = (out[:, :3].sum(1) * layer.bias[3]).abs().mean()
+        return [own, *((out[:, :2] - 1j * i).abs().square().mean() for i in range(2))]
 
-    agsurgery.backward(losses(part, batches(0)[rank]), part.parameters(), process_group=True)
+    for group in EXCHANGES:
+        agsurgery.backward(losses(part, batches(0)[rank]), part.parameters(), process_group=group)
     with alone():
-        agsurgery.backward(losses(whole, torch.cat(batches(0))), whole.parameters())
+        for _ in EXCHANGES:
+            agsurgery.backward(losses(whole, torch.cat(batches(0))), whole.parameters())
     torch.testing.assert_close(part.weight.grad, whole.weight.grad)
+    torch.testing.assert_close(part.bias.grad, whole.bias.grad)
 
 
 def check_a_zero_redundancy_base_makes_the_steps_of_a_plain_one(rank, world):
@@ -627,7 +635,7 @@ def check_a_step_exchanges_what_the_documentation_says(rank, world):
     def padded(size: int) -> bool:
         return shared <= size < 1.2 * shared
 
-    sent = exchanges()
+    sent = exchanges(exchange="reduce_scatter")
     comparison, losses, *rows, gramian, gathered, heads = sent
     assert comparison == ("all_reduce", 13)
     assert losses == ("all_reduce", 3)
@@ -637,8 +645,8 @@ def check_a_step_exchanges_what_the_documentation_says(rank, world):
     assert gathered[0] == _name("all_gather")
     assert padded(gathered[1] * world)
     assert heads == ("all_reduce", own)
-    assert exchanges(agree="once") == sent[1:]
-    comparison, losses, rows, heads = exchanges(exchange="all_reduce")
+    assert exchanges(exchange="reduce_scatter", agree="once") == sent[1:]
+    comparison, losses, rows, heads = exchanges()  # on the CPU
     assert rows[0] == "all_reduce"
     assert padded(rows[1] // 3)
     # A second comparison where different parameters are reached: two numbers for each, one for each task.

@@ -209,7 +209,9 @@ def check_plain_parameters_beside_fsdp_need_the_process_group(rank, world):
         return net
 
     compare(model(), AGS, own(rank), extra={"process_group": True})
-    compare(model(), agsurgery.TrimmedMean, own(rank), extra={"process_group": True})
+    scattered = {"process_group": agsurgery.Replicas(exchange="reduce_scatter")}
+    compare(model(), AGS, own(rank), extra=scattered)
+    compare(model(), agsurgery.TrimmedMean, own(rank), extra=scattered)
     options = lambda net: {"heads": "weighted"}  # noqa: E731
     compare(model(), AGS, own(rank), options=options, extra={"process_group": True})
     compare(model(), agsurgery.UW, own(rank), extra={"process_group": True})
@@ -233,6 +235,17 @@ def check_draws_for_coordinates_do_not_depend_on_uneven_shards(rank, world):
         both = [torch.empty_like(parameter.data) for _ in range(world)]
         dist.all_gather(both, parameter.data)
         assert torch.equal(*both)
+
+
+def check_draws_for_coordinates_differ_between_shards(rank, world):
+    mesh = init_device_mesh("cpu", (world,))
+    weight = nn.Parameter(distribute_tensor(torch.zeros(64), mesh, [Shard(0)]))
+    # In every coordinate one task pulls up and the other down: the draw decides.
+    losses = [whole(weight.sum()), whole(-weight.sum())]
+    agsurgery.backward(losses, [weight], agsurgery.GradDrop())
+    drawn = whole(weight.grad)
+    assert set(drawn.tolist()) == {-1.0, 1.0}
+    assert not torch.equal(*drawn.chunk(world))
 
 
 def check_different_tasks_are_an_error_in_all_processes(rank, world):

@@ -286,7 +286,7 @@ class Part:
     def rows(self, tasks: int) -> Tensor:
         """`(K, m)` averages; after `take`."""
         assert self._rows is not None
-        return self._rows[:tasks]
+        return self._rows.narrow(0, 0, tasks)
 
     def take(self, rows: Tensor) -> None:
         """Average `(K, W m)` rows over the processes, and keep this one's part."""

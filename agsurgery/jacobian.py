@@ -344,15 +344,18 @@ class Bucket:
     def average(self, tasks: int) -> None:
         """Average the first `tasks` rows over the processes."""
         if self._part is not None:
-            self._part.take(self._rows[:tasks])
+            self._part.take(self._rows.narrow(0, 0, tasks))
         elif self._processes is not None:
-            self._processes.average(self._rows[:tasks])
+            self._processes.average(self._rows.narrow(0, 0, tasks))
             # Where this process wrote nothing, there may now be what another did.
             self._stale[:tasks] = [set(range(len(self.parameters))) for _ in range(tasks)]
 
     def _averaged(self, tasks: int) -> Tensor:
         """What this process has of the rows, after `average`."""
-        return self._rows[:tasks] if self._part is None else self._part.rows(tasks)
+        if self._part is not None:
+            return self._part.rows(tasks)
+        whole = len(self._views) == tasks
+        return self._rows if whole else self._rows.narrow(0, 0, tasks)
 
     def _split(self, row: Tensor, as_complex: bool) -> list[Tensor]:
         """Views of a flat row with the shapes and strides of the parameters.

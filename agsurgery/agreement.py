@@ -109,7 +109,7 @@ class Council:
             raise ValueError(
                 "All processes must pass the same tasks in the same order. Got "
                 f"{' and '.join(processes.texts(repr(list(tasks))))}. For a task that is absent from the batch of one "
-                "process pass `torch.zeros(())` there."
+                "process pass `torch.zeros(())` there, or open `task(name)` around nothing."
             )
         if not (number and shapes):
             raise ValueError(

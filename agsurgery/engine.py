@@ -229,9 +229,9 @@ class Engine:
             collector = collect(
                 step, step.parameters, self.options.resharding, retain_last=once_more
             )
-            agreement = self._agree_on_gradients(collector)
             common = shared_among(collector.reached(), self._named())
-            if agreement is not None:
+            if step.outbox is not None and self._council is not None:
+                agreement = self._agree_on_gradients(collector, self._council)
                 step, common = replace(step, agreement=agreement), agreement.shared
             own = collector.write(self._rows, common, step.blocks)
         elif border is not None:
@@ -303,8 +303,7 @@ class Engine:
             collector = Collector()
             with collector.taking("all", step.parameters):
                 weighted_backward(replace(step, outbox=None), solution.weights, own=own)
-            agreement = self._agree_on_gradients(collector)
-            assert agreement is not None
+            agreement = self._agree_on_gradients(collector, council)
             step.outbox.add(collector.take()[0])
             step.outbox.send(agreement.reached)
         else:
@@ -347,21 +346,23 @@ class Engine:
             RuntimeError: no task has come.
         """
         collector = self.collector
-        if not collector.tasks:
-            raise RuntimeError(
-                "`combine` needs gradients. Compute them inside `with optimizer.task(name):`, once for each task."
-            )
+        with self._together(parameters) as council:
+            if not collector.tasks:
+                raise RuntimeError(
+                    "`combine` needs gradients. Compute them inside `with optimizer.task(name):`, once for each task."
+                )
+            common = shared_among(collector.reached(), self._named())
+            agreement = None
+            if council is not None:
+                agreement = self._agree_on_gradients(collector, council)
+                common = agreement.shared
         device = parameters[0].device
         with torch.no_grad(), full_precision(device):
             losses = torch.full((len(collector.tasks),), torch.nan, device=device)
             run = _Run(None, losses, tuple(collector.tasks), loss_scale)
             blocks = self._partition.blocks(parameters, groups)
-            with self._together(parameters):
-                agreement = self._agree_on_gradients(collector)
-            common = shared_among(collector.reached(), self._named())
-            if agreement is not None and self._council is not None:
-                common = agreement.shared
-                run.outbox = Outbox(self._council.processes)
+            if council is not None and council.processes.averaging:
+                run.outbox = Outbox(council.processes)
             own = collector.write(self._rows, common, blocks)
             self._combine_rows(run)
             self._deliver_own(own, run)
@@ -381,10 +382,7 @@ class Engine:
         with nullcontext() if council is None else council.failing_together():
             yield council
 
-    def _agree_on_gradients(self, collector: Collector) -> Agreement | None:
-        council = self._council
-        if council is None or not council.processes.averaging:
-            return None
+    def _agree_on_gradients(self, collector: Collector, council: Council) -> Agreement:
         return agreed_on_gradients(council, collector, self._named(), self._choices(None))
 
     def _choices(self, step: Step | None) -> tuple[object, ...]:

@@ -248,7 +248,7 @@ def check_features_equal_one_process(rank, world):
 
 
 def check_surgery_at_features_equals_one_process(rank, world):
-    for method in (AGS, agsurgery.TrimmedMean):
+    for method in (AGS, agsurgery.TrimmedMean, agsurgery.GradDrop):
         for options in ({}, {"heads": "weighted"}):
             if method is AGS or not options:
                 options_of = lambda net, options=options: options  # noqa: E731
@@ -343,14 +343,16 @@ def check_the_function_equals_one_process(rank, world):
 
 def check_tasks_one_by_one_equal_one_process(rank, world):
     pair = Pair(rank, AGS, no_sync=True)
-    for step in range(2):
+    pair.absent = lambda step, rank: {"c"} if (step, rank) == (1, 0) else set()
+    for step in range(3):
         pair.single_step(step)
         with pair.model.no_sync():
             losses = losses_of(pair.model(batches(step)[rank]))
             pair.optimizer.zero_grad()
             for task, loss in losses.items():
                 with pair.optimizer.task(task):
-                    loss.backward(retain_graph=True)
+                    if task not in pair.absent(step, rank):
+                        loss.backward(retain_graph=True)
         pair.optimizer.combine()
         pair.optimizer.step()
         torch.testing.assert_close(pair.optimizer.report.gramian, pair.reference.report.gramian)
@@ -396,6 +398,22 @@ def check_a_static_graph_is_refused(rank, world):
     losses = losses_of(model(batches(0)[rank]))
     with pytest.raises(RuntimeError, match="static_graph"):
         agsurgery.backward(losses, net.parameters(), process_group=True)
+
+
+def check_tasks_that_came_in_one_process_only_are_an_error_in_all(rank, world):
+    net = Net()
+    optimizer = GradientSurgery(torch.optim.SGD(net.parameters(), 0.1), process_group=True)
+    for task, loss in losses_of(net(batches(0)[rank])).items():
+        if rank or task != "b":
+            with optimizer.task(task):
+                loss.backward(retain_graph=True)
+    _refused(ValueError, r"same tasks.*around nothing", optimizer.combine)
+    optimizer.zero_grad()
+    if rank:
+        with optimizer.task("a"):
+            losses_of(net(batches(0)[rank]))["a"].backward()
+    kind, message = (RuntimeError, "Another process") if rank else (RuntimeError, "needs gradients")
+    _refused(kind, message, optimizer.combine)
 
 
 def check_an_ordinary_ddp_step_in_between_is_right(rank, world):
@@ -716,6 +734,11 @@ def check_what_cannot_be_exact_is_refused(rank, world):
     model = DistributedDataParallel(net)
     losses = losses_of(model(batches(0)[rank]))
     _refused(RuntimeError, "no_sync", lambda: surgery(engine="accumulate").backward(losses))
+    net.zero_grad()
+    model = DistributedDataParallel(net)
+    with model.no_sync():
+        losses = losses_of(model(batches(0)[rank]))
+        _refused(RuntimeError, "no_sync", lambda: surgery(engine="reweight").backward(losses))
 
 
 def check_replicas_are_copied_and_pickled(rank, world):

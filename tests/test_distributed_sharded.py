@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -170,6 +171,31 @@ def check_fsdp_frees_the_parameters_after_the_last_pass_and_after_an_error(rank,
     with pytest.raises(ValueError, match="left no gradient"):
         optimizer.backward({"d": stranger * 2, **losses_of(net(own(rank)(0)))})
     assert told == [False, True]
+
+
+def check_tasks_one_by_one_equal_one_process(rank, world):
+    single, net = Net(), sharded(Net())
+    optimizers = [optimizer_of(model, AGS()) for model in (single, net)]
+    for step in range(2):
+        inputs = (torch.cat(batches(step)), own(rank)(step))
+        for model, x, optimizer in zip((single, net), inputs, optimizers, strict=True):
+            optimizer.zero_grad()
+            for task, loss in losses_of(model(x)).items():
+                with optimizer.task(task):
+                    loss.backward(retain_graph=True)
+            with alone() if model is single else nullcontext():
+                optimizer.combine()
+            optimizer.step()
+        for mine, other in zip(net.parameters(), single.parameters(), strict=True):
+            torch.testing.assert_close(whole(mine), other)
+
+
+def check_what_differentiates_parts_of_the_graph_is_refused(rank, world):
+    net = sharded(Net())
+    losses = losses_of(net(own(rank)(0)))
+    for engine, features in (("lean", None), ("grad", net.features)):
+        with pytest.raises(ValueError, match="sharded parameters"):
+            optimizer_of(net, AGS(), engine=engine).backward(losses, features=features)
 
 
 def check_clipping_after_fsdp_surgery_equals_one_process(rank, world):

@@ -96,6 +96,7 @@ def _work(rank: int, module: str, world: int, folder: str, backend: str) -> None
                 warnings.filterwarnings("ignore", message=".*is deprecated")
                 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* view tensor")
                 check(rank, world)
+            dist.barrier()  # whoever leaves early closes connections that others still open
         except BaseException:
             found[name] = f"process {rank}:\n{traceback.format_exc()}"
         dist.destroy_process_group()

@@ -248,11 +248,38 @@ def check_features_equal_one_process(rank, world):
 
 
 def check_surgery_at_features_equals_one_process(rank, world):
-    for method in (AGS, agsurgery.TrimmedMean, agsurgery.GradDrop):
+    for method in (AGS, agsurgery.TrimmedMean):
         for options in ({}, {"heads": "weighted"}):
             if method is AGS or not options:
                 options_of = lambda net, options=options: options  # noqa: E731
                 Pair(rank, method, features=True, level="features", options=options_of).compare()
+
+
+def check_draws_at_features_equal_one_process(rank, world):
+    net, single = Net(), Net()
+    group = Replicas()
+    method, reference = agsurgery.GradDrop(), agsurgery.GradDrop()
+    for step in range(3):
+        outputs = net(batches(step)[rank])
+        agsurgery.backward(
+            losses_of(outputs),
+            net.parameters(),
+            method,
+            features=net.features,
+            level="features",
+            process_group=group,
+        )
+        outputs = single(torch.cat(batches(step)))
+        with alone():
+            agsurgery.backward(
+                losses_of(outputs),
+                single.parameters(),
+                reference,
+                features=single.features,
+                level="features",
+            )
+    for mine, other in zip(net.first.parameters(), single.first.parameters(), strict=True):
+        torch.testing.assert_close(mine.grad, other.grad)
 
 
 def check_methods_of_rows_equal_one_process(rank, world):

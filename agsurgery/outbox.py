@@ -38,6 +38,9 @@ class Outbox:
 
         Args:
             parameters: the same in all processes, and all that something was added for.
+
+        Raises:
+            RuntimeError: something was added for another one.
         """
         groups: dict[Any, list[Tensor]] = {}
         for parameter in parameters:
@@ -53,7 +56,10 @@ class Outbox:
             for parameter, flat in zip(members, flats, strict=True):
                 deliver_own({parameter: _shaped(flat, parameter)}, None)
         if self._held:
-            raise AssertionError("A gradient was added for a parameter that was not sent.")
+            raise RuntimeError(
+                "The losses must reach the parameters that the processes agreed on. In this process they reach "
+                f'{len(self._held)} others. Pass `Replicas(agree="always")`.'
+            )
 
     def _flat(self, parameter: Tensor) -> Tensor:
         """The gradient held here as a vector of real numbers."""

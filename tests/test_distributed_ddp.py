@@ -210,6 +210,17 @@ def check_agreement_made_once_equals_one_process(rank, world):
     Pair(rank, AGS, agree="once").compare()
 
 
+def check_a_broken_promise_about_what_is_reached_is_an_error(rank, world):
+    net = Net()
+    group = Replicas(agree="once")
+    optimizer = GradientSurgery(torch.optim.SGD(net.parameters(), lr=0.1), process_group=group)
+    for missing in ({"c"}, set()):
+        optimizer.zero_grad()
+        losses = with_zeros(losses_of(net(batches(0)[rank])), missing)
+        with nullcontext() if missing else pytest.raises(RuntimeError, match="always"):
+            optimizer.backward(losses)
+
+
 def check_single_precision_equals_one_process(rank, world):
     # Three steps of training at float32 rounding.
     Pair(rank, AGS, dtype=torch.float32).compare(rtol=1e-4)

@@ -98,11 +98,7 @@ def collect(
     # The user's own leaves, such as inputs, keep what they have.
     # (Under FSDP2 the leaves of the graph are its own.)
     others = [] if any_sharded(parameters) else step.reach.others
-    last = (
-        max(task for task, root in enumerate(step.roots) if root is not None)
-        if any(step.roots)
-        else 0
-    )
+    last = max((task for task, root in enumerate(step.roots) if root is not None), default=0)
     with _put_aside(others), _freed(resharding):
         for task, (name, loss, root) in enumerate(
             zip(step.tasks, step.losses, step.roots, strict=True)

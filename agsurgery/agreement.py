@@ -89,7 +89,7 @@ class Council:
         key = repr((settings, tasks))
         if key in self._agreed:
             return self._agreed[key]
-        self._expected = not last
+        self._expected = False  # what goes wrong from here on goes wrong in all of them
         low, high = self._owners(leaves)
         processes = self.processes
         values = [
@@ -130,6 +130,7 @@ class Council:
             high, low = joined[:size], [-i for i in joined[size : 2 * size]]
             present = [bool(value) for value in joined[2 * size :]]
         agreement = self._agreement(present, low, high, shared)
+        self._expected = not last
         if self._once:
             self._agreed[key] = agreement
         return agreement

@@ -455,7 +455,8 @@ class Bucket:
         first, span = start, self._columns
         if self._placement is not None:
             part, parts = self._placement.shard()
-            span = sum(-(-p.numel() // kernels.ALIGN) * kernels.ALIGN for p in self.parameters)
+            sizes = [p.numel() * (2 if self._complex else 1) for p in self.parameters]
+            span = sum(-(-size // kernels.ALIGN) * kernels.ALIGN for size in sizes)
             first, span = start + part * span, parts * span
         if self._part is not None:
             first += self._part.start

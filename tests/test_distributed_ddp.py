@@ -745,6 +745,9 @@ def check_differences_between_processes_are_an_error_in_all_of_them(rank, world)
     not_scalar = lambda ls: {**ls, "b": ls["b"].expand(2) if rank else ls["b"]}  # noqa: E731
     kind, message = (ValueError, "must be a scalar") if rank else (RuntimeError, "Another process")
     _refused(kind, message, attempt(not_scalar))
+    options = {"engine": "accumulate"}  # which compares a second time
+    _refused(kind, message, attempt(not_scalar, options=options))
+    _refused(ValueError, "same tasks", attempt(fewer, options=options))
     constant = lambda ls: {t: loss.detach() for t, loss in ls.items()}  # noqa: E731
     _refused(RuntimeError, "in one of the processes", attempt(constant))
     # And after all of that everything still works.

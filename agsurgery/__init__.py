@@ -13,6 +13,7 @@ Example:
 """
 
 from agsurgery.backward import backward
+from agsurgery.distributed import Replicas
 from agsurgery.methods import (
     AGS,
     DWA,
@@ -70,6 +71,7 @@ __all__ = [
     "NormRestored",
     "PCGrad",
     "Random",
+    "Replicas",
     "Smoothed",
     "Sum",
     "SurgeryReport",

@@ -12,7 +12,7 @@ from agsurgery.blocks import Blocks
 from agsurgery.graph import explained
 from agsurgery.jacobian import Rows
 from agsurgery.passes import Own, Step
-from agsurgery.sharding import any_sharded
+from agsurgery.sharding import Resharding, any_sharded
 
 
 class Collector:
@@ -98,7 +98,8 @@ class Collector:
             own.append(rows.write(task, list(held), list(held.values())))
             if keep:
                 # Views of rows laid out before stay valid: they hold on to that storage.
-                views = rows.stored(task)
+                # Rows that processes average in place are no longer this process's own.
+                views = rows.stored(task) if rows.processes is None else {}
                 held |= views
                 self._stored |= {id(view) for view in views.values()}
             else:
@@ -106,6 +107,12 @@ class Collector:
         if not keep:
             self.clear()
         return own
+
+    def take(self) -> list[dict[Tensor, Tensor]]:
+        """The gradients of each task, which are forgotten here."""
+        waiting = self._waiting
+        self.clear()
+        return waiting
 
     def clear(self) -> None:
         """Forget everything."""
@@ -142,8 +149,20 @@ class Gathering:
         return {}
 
 
-def collect(step: Step, parameters: Sequence[Tensor], *, retain_last: bool = False) -> Collector:
+def collect(
+    step: Step,
+    parameters: Sequence[Tensor],
+    resharding: Resharding | None = None,
+    *,
+    retain_last: bool = False,
+) -> Collector:
     """Call `.backward()` on each loss.
+
+    Args:
+        step: the losses.
+        parameters: those that may get a gradient.
+        resharding: saves FSDP2 to gather the parameters for each pass.
+        retain_last: whether the graphs are needed once more.
 
     Raises:
         ValueError: a loss with a graph left no gradient in any parameter.
@@ -152,7 +171,8 @@ def collect(step: Step, parameters: Sequence[Tensor], *, retain_last: bool = Fal
     # The user's own leaves, such as inputs, keep what they have.
     # (Under FSDP2 the leaves of the graph are its own.)
     others = [] if any_sharded(parameters) else step.reach.others
-    with _put_aside(others):
+    last = max((task for task, root in enumerate(step.roots) if root is not None), default=0)
+    with _put_aside(others), _freed(resharding):
         for task, (name, loss, root) in enumerate(
             zip(step.tasks, step.losses, step.roots, strict=True)
         ):
@@ -160,6 +180,8 @@ def collect(step: Step, parameters: Sequence[Tensor], *, retain_last: bool = Fal
                 if root is None:
                     continue
                 keep = step.retain_graph or retain_last or step.reach.retain[task]
+                if resharding is not None:
+                    resharding.free_after(task == last and not retain_last)
                 with explained(), torch.enable_grad():
                     torch.autograd.backward([root], [step.start(loss)], retain_graph=keep)
                 if all(parameter.grad is None for parameter in parameters):
@@ -169,6 +191,16 @@ def collect(step: Step, parameters: Sequence[Tensor], *, retain_last: bool = Fal
                     )
             collector.losses[task] = loss.detach()
     return collector
+
+
+@contextmanager
+def _freed(resharding: Resharding | None) -> Iterator[None]:
+    """At the end, also after an error, the next backward pass frees the parameters as ever."""
+    try:
+        yield
+    finally:
+        if resharding is not None:
+            resharding.free_after(True)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from agsurgery.blocks import Granularity
 from agsurgery.checks import as_tensors
+from agsurgery.distributed import ProcessGroup, as_replicas
 from agsurgery.engine import Engine
 from agsurgery.losses import Losses
 from agsurgery.methods import AGS, Weighting
@@ -27,6 +28,7 @@ def backward(
     shared: Iterable[Tensor] | None = None,
     outside: Outside = "error",
     buffer_dtype: torch.dtype | None = None,
+    process_group: ProcessGroup | None = None,
     features: Features | None = None,
     level: Level = "parameters",
     retain_graph: bool = False,
@@ -62,6 +64,9 @@ def backward(
         outside: what to do when the losses reach an `nn.Parameter` that is not in `params`.
         buffer_dtype: dtype in which the rows of J are held; None: that of the gradients. `torch.bfloat16` halves
             their memory and rounds each entry to 3 digits.
+        process_group: where several processes compute gradients on batches of their own: True for the default group, a
+            `torch.distributed.ProcessGroup`, or `Replicas` for how to exchange. All pass the same tasks, in the same
+            order; the task gradients, and the losses of the report, are averaged over them. Needs `params`.
         features: the tensor (or tensors) through which the losses depend on what they share, as computed in this
             forward pass. Heads are then differentiated, and freed, one by one before the trunk.
         level: `"features"`: surgery on the gradients with respect to `features`, flattened, instead of those of the
@@ -94,6 +99,7 @@ def backward(
         shared=shared,
         outside=outside,
         buffer_dtype=buffer_dtype,
+        replicas=as_replicas(process_group),
     )
     surgery = Engine(AGS() if method is None else method, options)
     unique = None

@@ -6,11 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.autograd.graph import Node
+from torch.autograd.graph import Node, get_gradient_edge
 
-from agsurgery.graph import Reach, Root
+from agsurgery.graph import Reach, Root, entry
 from agsurgery.options import Features, Options, Outside
-from agsurgery.sharding import is_sharded
 
 _ROWLESS = ("lean", "reweight")
 """Engines that do not keep one gradient for each task."""
@@ -58,8 +57,21 @@ def feature_nodes(features: Features) -> set[Node]:
                 f"`features[{i}]` must be computed from parameters. Got a tensor without graph, of shape "
                 f"{tuple(tensor.shape)}: pass the output of the trunk itself, not detached."
             )
-        nodes.add(tensor.grad_fn)
+        nodes.add(entry(get_gradient_edge(tensor)).node)
     return nodes
+
+
+def check_features(passed: bool) -> None:
+    """Refuse features that no loss passes through.
+
+    Raises:
+        ValueError: none does.
+    """
+    if not passed:
+        raise ValueError(
+            "The losses must depend on the parameters through `features`. None of them passes through these tensors: "
+            "pass the very tensors that the heads were given, from the same forward pass."
+        )
 
 
 def check_options(options: Options, kind: str, method: object) -> None:
@@ -73,6 +85,12 @@ def check_options(options: Options, kind: str, method: object) -> None:
     Raises:
         ValueError: they do.
     """
+    if options.replicas is not None and options.engine == "lean":
+        raise ValueError(
+            '`engine="lean"` never holds the task gradients, and the inner products of averaged gradients do not '
+            'follow from those of each process. With `process_group` use `engine="grad"`, and `buffer_dtype` to save '
+            "memory."
+        )
     if kind == "rows":
         if options.heads == "weighted":
             raise ValueError(
@@ -190,20 +208,3 @@ def check_hooks(parameters: Sequence[Tensor]) -> None:
                 '`engine="reweight"`, whose last pass is an ordinary one, or remove the hook and act on `.grad` after '
                 "`backward`."
             )
-
-
-def check_processes(parameters: Sequence[Tensor] | None) -> None:
-    """Refuse several processes where their gradients are not averaged.
-
-    Raises:
-        RuntimeError: there are several, and the parameters are not sharded over them.
-    """
-    distributed = torch.distributed
-    if not distributed.is_available() or not distributed.is_initialized():
-        return
-    if distributed.get_world_size() == 1 or any(is_sharded(p) for p in parameters or ()):
-        return
-    raise RuntimeError(
-        "Surgery must act on the gradients of all processes together, which is not supported yet: each process "
-        "would step on its own batch, and the parameters would drift apart."
-    )

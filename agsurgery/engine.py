@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agsurgery.accumulate import Collector, Gathering, collect
+from agsurgery.agreement import Agreement, Council, council_for
 from agsurgery.blocks import Partition
 from agsurgery.checks import (
     as_tensors,
     check_hooks,
     check_options,
-    check_processes,
     check_reach,
     check_rows_kept,
     feature_nodes,
 )
+from agsurgery.distributed import Shifted
 from agsurgery.graph import shared_among, split, walk
 from agsurgery.jacobian import Rows, deliver_own
 from agsurgery.kernels import solver_dtype
@@ -27,12 +29,14 @@ from agsurgery.losses import Losses, read_losses
 from agsurgery.methods import Method, Solution, Weighting, resolve, solve
 from agsurgery.methods._base import RowMethod, uses
 from agsurgery.options import Features, Heads, Level, Options, check_level
+from agsurgery.outbox import Outbox
 from agsurgery.passes import Own, Step, rows_by_task, weighted_backward
 from agsurgery.report import SurgeryReport, detached_losses
 from agsurgery.reuse import Reuse
 from agsurgery.sharding import any_sharded
 from agsurgery.stages import feature_surgery, lean_surgery, rows_through
 from agsurgery.standing import Standing
+from agsurgery.together import agreed_on_gradients, seen_together
 
 
 class Engine:
@@ -63,11 +67,13 @@ class Engine:
         self._reuse = Reuse(options.every)
         self._standing = Standing()
         self._rows = Rows(options.buffer_dtype)
+        self._council: Council | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         # The storage belongs to these very parameters; a copy makes its own.
         return self.__dict__ | {
             "_rows": Rows(self.options.buffer_dtype),
+            "_council": None,
             "collector": Collector(),
             "_standing": Standing(),
             "report": None,
@@ -85,6 +91,24 @@ class Engine:
             self.method.load_state_dict({**self.method.state(), **entries})
             self._standing.forget_method()
         self._reuse.load(entries)
+
+    def expect(self, parameters: Sequence[Tensor], groups: Sequence[Mapping[str, Any]]) -> None:
+        """Make room in the state for the tasks that the user named.
+
+        Args:
+            parameters: of the optimizer, without duplicates.
+            groups: its groups.
+        """
+        tasks = self.options.tasks
+        if not tasks or not parameters:
+            return
+        blocks = self._partition.blocks(parameters, groups)
+        shape = (len(tasks),) if blocks is None else (len(blocks.names), len(tasks))
+        device = parameters[0].device
+        like = torch.zeros(shape, dtype=solver_dtype(device), device=device)
+        if isinstance(self.method, Method):
+            self.method.expect(tasks, like)
+        self._reuse.expect(tasks, like)
 
     # -- one step -----------------------------------------------------------------------------------
 
@@ -112,13 +136,40 @@ class Engine:
             loss_scale: factor of a `GradScaler`, 0-d; None for 1.
             combine: False to hold the task gradients for a later call; returns None then.
         """
+        with self._together(parameters) as council:
+            return self._step(
+                losses,
+                parameters,
+                council,
+                groups,
+                features,
+                level,
+                retain_graph,
+                loss_scale,
+                combine,
+            )
+
+    def _step(
+        self,
+        losses: Losses,
+        parameters: Sequence[Tensor] | None,
+        council: Council | None,
+        groups: Sequence[Mapping[str, Any]] | None,
+        features: Features | None,
+        level: Level,
+        retain_graph: bool,
+        loss_scale: Tensor | None,
+        combine: bool,
+    ) -> SurgeryReport | None:
         gathering = self._gathers(combine, level)
-        check_processes(parameters)
         check_level(level, features)
         border = None if features is None else feature_nodes(features)
         with torch.enable_grad():  # views of a loss made under no_grad would have no graph
             names, values, roots = read_losses(losses)
-        if all(root is None for root in roots):
+        # In another process a loss may have one.
+        averaged = council is not None and council.processes.averaging
+        once_more = self.options.engine == "reweight"
+        if all(root is None for root in roots) and (once_more or not averaged):
             raise RuntimeError(
                 "At least one loss must depend on a parameter. None of them has a graph: were they computed "
                 "under `torch.no_grad()`, or detached?"
@@ -144,15 +195,34 @@ class Engine:
         collected = self._kind != "losses" and (hidden or self.options.engine == "accumulate")
         if collected:
             self._check_collected(parameters, border)
-        ordinary = self._kind == "losses" or (self.options.engine == "reweight" and not collected)
+        ordinary = (self._kind == "losses" and (once_more or not averaged)) or (
+            once_more and not collected
+        )
         if not ordinary:
             check_hooks(step.leaves() if parameters is None else parameters)
         if gathering:
             assert parameters is not None
             self._gather(step, border, collected, hold=not combine)
-            return self._combine_gathered(parameters, groups, loss_scale) if combine else None
-        with torch.no_grad(), full_precision(values[0].device):
-            run = _Run(step, detached_losses(values))
+            if not combine:
+                return None
+            return self._combine_gathered(parameters, groups, loss_scale, council)
+        device = values[0].device
+        if council is not None:
+            device = council.processes.device
+            step = seen_together(
+                step,
+                council,
+                shared=self._named(),
+                border=border,
+                collects=collected or self.options.engine == "accumulate",
+                ordinary=once_more,
+                choices=(*self._choices(step), level),
+            )
+        with torch.no_grad(), full_precision(device):
+            detached = detached_losses(values)
+            if council is not None:
+                detached = council.processes.mean_losses(detached)
+            run = _Run(step, detached)
             if self._kind == "losses":
                 self._pass_once(run, self._solve(run, run.unknown()))
             elif level == "features":
@@ -165,7 +235,7 @@ class Engine:
     def _at_parameters(self, run: _Run, border: set[Any] | None, collected: bool) -> None:
         """Surgery on the gradients of the shared parameters."""
         step = run.step
-        active = [t for t, root in zip(step.tasks, step.roots, strict=True) if root is not None]
+        active = step.active
         kept = self._reuse.recall(step.tasks, active)
         if kept is not None:
             run.gramian = run.unknown()
@@ -178,8 +248,14 @@ class Engine:
             )
         elif collected:
             assert step.parameters is not None
-            collector = collect(step, step.parameters, retain_last=once_more)
-            own = collector.write(self._rows, self._common(collector), step.blocks)
+            collector = collect(
+                step, step.parameters, self.options.resharding, retain_last=once_more
+            )
+            common = shared_among(collector.reached(), self._named())
+            if step.outbox is not None and self._council is not None:
+                agreement = self._agree_on_gradients(collector, self._council)
+                step, common = replace(step, agreement=agreement), agreement.shared
+            own = collector.write(self._rows, common, step.blocks)
         elif border is not None:
             own = rows_through(step, self._rows, border, retain_last=once_more)
         else:
@@ -192,6 +268,8 @@ class Engine:
             if self.options.engine != "lean":
                 self._combine_rows(run)
             self._deliver_own(own, run)
+            if step.outbox is not None and step.agreement is not None:
+                step.outbox.send(step.agreement.own)
         if run.solution is not None:
             self._reuse.keep(step.tasks, active, run.solution)
 
@@ -213,20 +291,46 @@ class Engine:
         else:
             method = None
 
+        step = run.step
+        council = self._council if step.outbox is not None else None
+
         def weigh(gramian: Tensor) -> Tensor:
+            if council is not None:
+                gramian = council.processes.at_features(gramian)
             if method is None:
                 return self._solve(run, gramian).weights
             self._no_weights(run, gramian)
             return gramian.new_ones(len(run.tasks))
 
         weighted = self.heads == "weighted"
-        own = feature_surgery(run.step, border, weigh, method, weighted_heads=weighted)
+        rule: RowMethod | Shifted | None = method
+        if method is not None and council is not None:
+            rule = Shifted(method, council.processes)
+        own = feature_surgery(step, border, weigh, rule, weighted_heads=weighted)
         self._deliver_own(own, run)
+        if step.outbox is not None and step.agreement is not None:
+            step.outbox.send(step.agreement.reached)
 
     def _pass_once(self, run: _Run, solution: Solution) -> None:
         """One backward pass of the weighted losses."""
         run.solution = solution
-        weighted_backward(run.step, solution.weights, own=self.heads == "own")
+        step, council, own = run.step, self._council, self.heads == "own"
+        if step.outbox is None or council is None or step.agreement is None:
+            weighted_backward(step, solution.weights, own=own)
+        elif self.options.engine == "reweight":  # averaged by whoever wraps the model
+            weighted_backward(replace(step, outbox=None), solution.weights, own=own)
+            council.check_averaged(step.agreement.reached)
+        elif step.hidden or self.options.engine == "accumulate":
+            assert step.parameters is not None
+            collector = Collector()
+            with collector.taking("all", step.parameters):
+                weighted_backward(replace(step, outbox=None), solution.weights, own=own)
+            agreement = self._agree_on_gradients(collector, council)
+            step.outbox.add(collector.take()[0])
+            step.outbox.send(agreement.reached)
+        else:
+            weighted_backward(step, solution.weights, own=own)
+            step.outbox.send(step.agreement.reached)
 
     # -- tasks one by one -----------------------------------------------------------------------------
 
@@ -255,12 +359,13 @@ class Engine:
         Raises:
             RuntimeError: no task has come.
         """
-        if not self.collector.pending:
-            raise RuntimeError(
-                "`combine` needs gradients. Compute them inside `with optimizer.task(name):`, once for each task, or "
-                "by `backward(losses, combine=False)`."
-            )
-        return self._combine_gathered(parameters, groups, loss_scale)
+        with self._together(parameters) as council:
+            if not self.collector.pending:
+                raise RuntimeError(
+                    "`combine` needs gradients. Compute them inside `with optimizer.task(name):`, once for each task, "
+                    "or by `backward(losses, combine=False)`."
+                )
+            return self._combine_gathered(parameters, groups, loss_scale, council)
 
     # -- several calls for one update -----------------------------------------------------------------
 
@@ -300,7 +405,7 @@ class Engine:
             with torch.no_grad(), full_precision(step.device):
                 target = Gathering(collector, step)
                 if collected:
-                    collector.receive(collect(step, step.parameters or ()))
+                    collector.receive(collect(step, step.parameters or (), self.options.resharding))
                 elif border is not None:
                     rows_through(step, target, border)
                 else:
@@ -317,28 +422,69 @@ class Engine:
         parameters: Sequence[Tensor],
         groups: Sequence[Mapping[str, Any]] | None,
         loss_scale: Tensor | None,
+        council: Council | None,
     ) -> SurgeryReport:
         """Combine all task gradients that have come; with `accumulation="tasks"` in place of the last such update."""
         collector, keep = self.collector, self.options.accumulation == "tasks"
+        common, agreement = self._common(collector), None
+        if council is not None:
+            agreement = self._agree_on_gradients(collector, council)
+            common = agreement.shared
         device = parameters[0].device
         with torch.no_grad(), full_precision(device):
             if keep:
                 self._standing.take_back(parameters, self.method)
             unknown = torch.full((), torch.nan, device=device)
             losses = detached_losses([unknown if x is None else x for x in collector.losses])
+            if council is not None:
+                losses = council.processes.mean_losses(losses)
             run = _Run(None, losses, tuple(collector.tasks), loss_scale)
             blocks = self._partition.blocks(parameters, groups)
-            own = collector.write(self._rows, self._common(collector), blocks, keep=keep)
+            if council is not None and council.processes.averaging:
+                run.outbox = Outbox(council.processes)
+            own = collector.write(self._rows, common, blocks, keep=keep)
             self._combine_rows(run)
             self._deliver_own(own, run)
+            if agreement is not None and run.outbox is not None:
+                run.outbox.send(agreement.own)
             if keep:
                 self._standing.note(parameters)
             self.report = run.report(None if blocks is None else blocks.names)
         return self.report
 
+    # -- several processes ----------------------------------------------------------------------------
+
+    @contextmanager
+    def _together(self, parameters: Sequence[Tensor] | None) -> Iterator[Council | None]:
+        """One step of all processes; None where there is only this one."""
+        council = council_for(self._council, self.options.replicas, parameters)
+        self._council = council
+        self._rows.processes = None if council is None else council.processes
+        with nullcontext() if council is None else council.failing_together():
+            yield council
+
+    def _agree_on_gradients(self, collector: Collector, council: Council) -> Agreement:
+        return agreed_on_gradients(council, collector, self._named(), self._choices(None))
+
+    def _choices(self, step: Step | None) -> tuple[object, ...]:
+        """What must be equal in all processes, as text that is."""
+        options, blocks = self.options, None if step is None else step.blocks
+        return (
+            type(self.method).__name__,
+            options.engine,
+            self.heads,
+            None if options.replicas is None else options.replicas.exchange,
+            str(options.buffer_dtype),
+            None if blocks is None else blocks.names,
+            None if self.shared is None else len(self.shared),
+            self._reuse.age,
+        )
+
     # -- parts ----------------------------------------------------------------------------------------
 
     def _solve(self, run: _Run, gramian: Tensor) -> Solution:
+        if self._council is not None:
+            self._council.check_alike(gramian)
         run.gramian = gramian
         run.solution = solve(self.method, gramian, run.losses.to(gramian), run.tasks)
         return run.solution
@@ -355,7 +501,10 @@ class Engine:
         assert run.solution is not None
         for task, gradients in enumerate(own):
             factor = None if self.heads == "own" else run.solution.weights.select(-1, task)
-            deliver_own(gradients, factor)
+            if run.outbox is None:
+                deliver_own(gradients, factor)
+            else:
+                run.outbox.add(gradients, factor)
 
     def _common(self, collector: Collector) -> list[Tensor]:
         """The parameters that the tasks seen so far share."""
@@ -400,6 +549,7 @@ class _Run:
         self._loss_scale = loss_scale if step is None else step.loss_scale
         self.gramian: Tensor | None = None
         self.solution: Solution | None = None
+        self.outbox = None if step is None else step.outbox
 
     @property
     def step(self) -> Step:

@@ -43,6 +43,33 @@ def gradient_root(loss: Tensor) -> Root | None:
     return get_gradient_edge(loss) if loss.requires_grad else None
 
 
+def entry(edge: GradientEdge) -> GradientEdge:
+    """The edge for which to look at the graph, where `edge` is the one to differentiate."""
+    node, number = through(edge.node, edge.output_nr)
+    return edge if node is None or node is edge.node else GradientEdge(node, number)
+
+
+def through(node: Node | None, number: int) -> tuple[Node | None, int]:
+    """The edge behind one that enters the node through which `DistributedDataParallel` passes all its outputs.
+
+    With `find_unused_parameters=True` every loss would seem to reach whatever any output of the model reaches.
+
+    Raises:
+        RuntimeError: the model is under `static_graph=True`.
+    """
+    while node is not None and type(node).__name__ == "_DDPSinkBackward":
+        sink: Any = node
+        if sink.ddp_weakref().static_graph:
+            raise RuntimeError(
+                "`DistributedDataParallel` must not have `static_graph=True`: it learns from the first backward pass "
+                "which parameters are used, and would see the pass of one loss only. Leave it out."
+            )
+        if len(sink._input_metadata) != len(node.next_functions):
+            break  # some outputs are no tensors: which input belongs to which output is unknown
+        node, number = node.next_functions[number]
+    return node, number
+
+
 def stacked_roots(losses: Tensor) -> list[Root | None]:
     """Roots of the elements of a 1-D tensor of losses.
 
@@ -60,7 +87,15 @@ def stacked_roots(losses: Tensor) -> list[Root | None]:
 
 def children(node: Node) -> list[Node]:
     """Nodes that receive a gradient from `node`."""
-    return [child for child, _ in node.next_functions if child is not None]
+    edges = node.next_functions
+    if _in_group():
+        edges = tuple(through(*edge) for edge in edges)
+    return [child for child, _ in edges if child is not None]
+
+
+def _in_group() -> bool:
+    """Whether the model may be under `DistributedDataParallel`: to look costs time."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
 def leaf_of(node: Node) -> Tensor | None:
@@ -88,6 +123,7 @@ def walk(
     Returns:
         A `Reach`. Losses are taken to be differentiated in their order, down to the nodes where the walk stopped.
     """
+    roots = [None if root is None else entry(root) for root in roots]
     search = _Search(parameters, stop, len(roots))
     masks: list[int] = []
     gate_masks: list[int] = []
@@ -141,6 +177,7 @@ class _Search:
         self._every_leaf = parameters is None
         self._position = {id(leaf): i for i, leaf in enumerate(self.found)}
         self._stop = stop
+        self._wrapped = _in_group()
 
     def visit(self, loss: int, root: Node) -> None:
         """Find what lies below the root of a loss."""
@@ -157,6 +194,8 @@ class _Search:
                 if leaf is not None:
                     reached[node] = self._bit(leaf)
                     continue
+                if self._wrapped:
+                    edges = tuple(through(*edge) for edge in edges)
                 below[node] = [child for child, _ in edges if child is not None]
                 if stop:
                     below[node] = [child for child in below[node] if child not in stop]
@@ -184,7 +223,7 @@ class _Search:
         mask = 0
         for child in below:
             mask |= self.entered.get(child, 0)
-        for entered, number in node.next_functions:
+        for entered, number in (through(*edge) for edge in node.next_functions):
             if entered is not None and entered in self._stop:
                 mask |= self.gate(entered, number)
         if mask:
@@ -262,7 +301,7 @@ def meeting_nodes(roots: Sequence[Root | None]) -> set[Node]:
     owner: dict[Node, int] = {}
     common: set[Node] = set()
     for loss, root in enumerate(roots):
-        stack = [] if root is None else [root.node]
+        stack = [] if root is None else [entry(root).node]
         while stack:
             node = stack.pop()
             if node in common:
@@ -347,12 +386,26 @@ def gradients(
         return found
 
 
+_REDUCER = (
+    "mark a variable ready only once",
+    "undefined, but still allreduced",
+    "training graph has changed",
+)
+"""What `DistributedDataParallel` says to a second backward pass."""
+
+
 @contextmanager
 def explained() -> Iterator[None]:
     """Say what to do where an error of autograd does not."""
     try:
         yield
     except RuntimeError as error:
+        if any(part in str(error) for part in _REDUCER):
+            raise RuntimeError(
+                "`DistributedDataParallel` averages the gradients of one backward pass, and there is one for each "
+                "task. Run forward pass and `backward` inside `with model.no_sync():` and pass `process_group=`, which "
+                'averages in its place; or use `engine="grad"`, which `DistributedDataParallel` does not notice.'
+            ) from error
         if "donated buffer" not in str(error):
             raise
         raise RuntimeError(

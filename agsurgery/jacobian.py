@@ -12,6 +12,7 @@ from torch import Tensor
 
 from agsurgery import kernels
 from agsurgery.blocks import Blocks
+from agsurgery.distributed import Part, Processes
 from agsurgery.sharding import Placement, is_sharded, local, placement_of, rewrapped
 from agsurgery.sparse import SparseRows
 
@@ -36,6 +37,8 @@ class Rows:
 
     def __init__(self, dtype: torch.dtype | None = None) -> None:
         self._dtype = dtype
+        # Set before `lay_out`: the processes over which rows are averaged; None: there is one.
+        self.processes: Processes | None = None
         self._blocks: Blocks | None = None
         self._layout: list[Any] = []
         self._buckets: list[Bucket] = []
@@ -66,6 +69,8 @@ class Rows:
         ]
         if blocks is not None:
             layout += [blocks.of(p) for p in shared]
+        if self.processes is not None:
+            layout.append(self.processes)
         if layout != self._layout:
             self._layout = layout
             self._fill_buckets()
@@ -75,7 +80,7 @@ class Rows:
 
     def _fill_buckets(self) -> None:
         dense = [p for p in self._shared if id(p) not in self._sparse]
-        self._buckets = buckets(dense, self._blocks, self._dtype)
+        self._buckets = buckets(dense, self._blocks, self._dtype, self.processes)
         self._place = {
             id(parameter): (bucket, position)
             for bucket in self._buckets
@@ -129,6 +134,10 @@ class Rows:
         """
         if not self._shared:
             return {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
+        if self.processes is not None:  # the indices of sparse gradients differ between processes
+            gradients = [
+                g if g is None or g.layout == torch.strided else g.to_dense() for g in gradients
+            ]
         sparse = [
             leaf
             for leaf, gradient in zip(leaves, gradients, strict=True)
@@ -191,9 +200,19 @@ class Rows:
     def gramian(self, tasks: int, device: torch.device) -> Tensor:
         """Inner products of the first `tasks` rows, `(K, K)`, or `(B, K, K)` where there are blocks.
 
-        On the device of the first bucket, else on `device`; zero where nothing is shared.
+        The rows are averaged over the processes first. On the device of the first bucket, else on `device`; zero where
+        nothing is shared.
         """
-        parts = [bucket.gramian(tasks) for bucket in self._active]
+        for bucket in self._active:
+            bucket.average(tasks)
+        # Each process has a part of the columns: one sum over the processes for all buckets together.
+        parts = [bucket.gramian(tasks) for bucket in self._active if bucket.is_cut]
+        if parts and self.processes is not None:
+            cut = parts[0]
+            for part in parts[1:]:
+                cut = cut + part.to(cut)
+            parts = [self.processes.sum(cut)]
+        parts += [bucket.gramian(tasks) for bucket in self._active if not bucket.is_cut]
         parts += [self._in_block(rows.gramian(tasks), rows) for rows in self._sparse_in_use()]
         if not parts:
             shape = (
@@ -255,6 +274,7 @@ class Bucket:
         parameters: parameters of one device, gradient dtype and placement, those of one block side by side.
         blocks: see `Partition`.
         dtype: of the rows; None: that of the gradients.
+        processes: those over which the rows are averaged; None: they are averaged already.
     """
 
     def __init__(
@@ -262,6 +282,7 @@ class Bucket:
         parameters: Sequence[Tensor],
         blocks: Blocks | None = None,
         dtype: torch.dtype | None = None,
+        processes: Processes | None = None,
     ) -> None:
         self.parameters = list(parameters)
         self._local = [local(p.detach()) for p in self.parameters]  # shards, for shapes and strides
@@ -275,7 +296,10 @@ class Bucket:
         # Fused optimizers pair parameter and gradient in memory order, so the strides must be the same.
         self._strides = [torch.empty_like(p, device="meta").stride() for p in self._local]
         self._blocks = blocks
-        self._starts, self._length, self._block_of_chunk = self._place()
+        self._starts, self._columns, self._block_of_chunk = self._place()
+        self._length = self._columns
+        self._processes = processes
+        self._part = self._cut()
         self._rows = torch.empty(0, self._length, dtype=self._row_dtype, device=self.device)
         self._views: list[list[Tensor]] = []
         self._stale: list[set[int]] = []  # per row, positions that hold something else than zero
@@ -301,6 +325,49 @@ class Bucket:
             return starts, kernels.padded_length(end), None
         length = len(chunks) * kernels.BLOCK_CHUNK
         return starts, length, torch.tensor(chunks, device=self.device)
+
+    def _cut(self) -> Part | None:
+        """This process's part of the rows, whose length grows until it can be cut."""
+        processes = self._processes
+        if processes is None or not processes.cuts(self.device):
+            return None
+        if self._block_of_chunk is not None:
+            self._length = processes.stored_length(self._columns, kernels.BLOCK_CHUNK)
+            more = self._length // kernels.BLOCK_CHUNK - len(self._block_of_chunk)
+            # Chunks of zeros, of any block.
+            self._block_of_chunk = torch.nn.functional.pad(self._block_of_chunk, (0, more))
+        else:
+            long = self._columns > kernels.CHUNK * processes.size
+            self._length = processes.stored_length(
+                self._columns, kernels.CHUNK if long else kernels.ALIGN
+            )
+        part = Part(processes, self._length)
+        if self._block_of_chunk is not None:
+            chunk = kernels.BLOCK_CHUNK
+            start, count = part.start // chunk, part.columns // chunk
+            self._block_of_chunk = self._block_of_chunk.narrow(0, start, count)
+        return part
+
+    @property
+    def is_cut(self) -> bool:
+        """Whether this process has a part of the columns only."""
+        return self._part is not None
+
+    def average(self, tasks: int) -> None:
+        """Average the first `tasks` rows over the processes."""
+        if self._part is not None:
+            self._part.take(self._rows.narrow(0, 0, tasks))
+        elif self._processes is not None:
+            self._processes.average(self._rows.narrow(0, 0, tasks))
+            # Where this process wrote nothing, there may now be what another did.
+            self._stale[:tasks] = [set(range(len(self.parameters))) for _ in range(tasks)]
+
+    def _averaged(self, tasks: int) -> Tensor:
+        """What this process has of the rows, after `average`."""
+        if self._part is not None:
+            return self._part.rows(tasks)
+        whole = len(self._views) == tasks
+        return self._rows if whole else self._rows.narrow(0, 0, tasks)
 
     def _split(self, row: Tensor, as_complex: bool) -> list[Tensor]:
         """Views of a flat row with the shapes and strides of the parameters.
@@ -366,7 +433,7 @@ class Bucket:
 
     def gramian(self, tasks: int) -> Tensor:
         """Inner products of the first `tasks` rows; real parts for complex parameters, summed over shards."""
-        rows = self._rows if len(self._views) == tasks else self._rows.narrow(0, 0, tasks)
+        rows = self._averaged(tasks)
         if self._block_of_chunk is None:
             product = kernels.gramian(rows)
         else:
@@ -377,7 +444,7 @@ class Bucket:
 
     def deliver(self, weights: Tensor) -> None:
         """Add the weighted sum of the rows to the parameters' `.grad`."""
-        rows = self._rows.narrow(0, 0, weights.shape[-1])
+        rows = self._averaged(weights.shape[-1])
         weights = weights.to(self.device)
         if self._block_of_chunk is None:
             self._deliver(partial(kernels.combine, weights, rows))
@@ -396,15 +463,26 @@ class Bucket:
         Returns:
             The same for the next bucket.
         """
+        # A coordinate has a place of its own, and the next bucket the same start, in every process.
+        first, span = start, self._columns
+        if self._placement is not None:
+            part, parts = self._placement.shard()
+            sizes = [p.numel() * (2 if self._complex else 1) for p in self.parameters]
+            span = sum(-(-size // kernels.ALIGN) * kernels.ALIGN for size in sizes)
+            first, span = start + part * span, parts * span
+        if self._part is not None:
+            first += self._part.start
 
         def shifted(columns: Tensor, offset: int) -> Tensor:
-            return function(columns, start + offset)
+            return function(columns, first + offset)
 
-        self._deliver(partial(kernels.combine_columns, shifted, self._rows.narrow(0, 0, tasks)))
-        return start + self._length
+        self._deliver(partial(kernels.combine_columns, shifted, self._averaged(tasks)))
+        return start + span
 
     def _deliver(self, combine: Callable[..., Tensor]) -> None:
         """Add what `combine` writes into the flat tensor it is given to the parameters' `.grad`."""
+        if self._part is not None:
+            combine = self._part.whole(combine, self._dtype)
         if all(parameter.grad is None for parameter in self.parameters):
             combine(out=self._free_result())
             for parameter, view in zip(self.parameters, self._result_views, strict=True):
@@ -478,7 +556,10 @@ def _unseen(tensor: Tensor, views: int) -> bool:
 
 
 def buckets(
-    parameters: Sequence[Tensor], blocks: Blocks | None = None, dtype: torch.dtype | None = None
+    parameters: Sequence[Tensor],
+    blocks: Blocks | None = None,
+    dtype: torch.dtype | None = None,
+    processes: Processes | None = None,
 ) -> list[Bucket]:
     """One `Bucket` per device, gradient dtype and sharding, in order of first appearance."""
     ordered = parameters if blocks is None else sorted(parameters, key=blocks.of)
@@ -486,7 +567,15 @@ def buckets(
     for parameter in ordered:
         key = (parameter.device, gradient_dtype(parameter), placement_of(parameter))
         groups.setdefault(key, []).append(parameter)
-    return [Bucket(group, blocks, dtype) for group in groups.values()]
+    return [
+        Bucket(
+            group,
+            blocks,
+            dtype,
+            processes if processes is not None and processes.averages(group[0]) else None,
+        )
+        for group in groups.values()
+    ]
 
 
 def deliver_own(gradients: Mapping[Tensor, Tensor], factor: Tensor | None) -> None:

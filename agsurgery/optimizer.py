@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from agsurgery.blocks import Granularity
+from agsurgery.distributed import ProcessGroup, as_replicas
 from agsurgery.engine import Engine
 from agsurgery.losses import Losses
 from agsurgery.methods import AGS, Weighting
@@ -23,8 +24,10 @@ from agsurgery.options import (
     Level,
     Options,
     Outside,
+    as_names,
 )
 from agsurgery.report import SurgeryReport
+from agsurgery.sharding import Resharding
 
 _STATE_PREFIX = "agsurgery_"
 """State of the method is kept in `param_groups[0]` under this prefix: the one place that every checkpoint
@@ -55,6 +58,13 @@ class GradientSurgery(Optimizer):
             the combination of all so far, so that micro-batches come to exactly what the full batch comes to. Ends
             with `step`, with `zero_grad`, and when every `.grad` is None. For loops that do not say which
             micro-batch is the last; where yours does, `backward(losses, combine=False)` saves work.
+        tasks: names of the tasks, where they are known before the first step. What the method remembers of them, and
+            the weights of `every`, then have their place in the state from the start, which distributed checkpoints
+            need: they restore only what is there already, in the size it has.
+        process_group: see `agsurgery.backward`.
+        fsdp_model: a model under `torch.distributed.fsdp.fully_shard`. Its parameters then stay gathered between the
+            backward passes of a step, which saves all but one of K all-gathers for the memory of one full set of
+            parameters.
 
     Raises:
         TypeError: `optimizer` is not an instance of `torch.optim.Optimizer`, or is a `GradientSurgery` itself.
@@ -100,6 +110,9 @@ class GradientSurgery(Optimizer):
         outside: Outside = "error",
         buffer_dtype: torch.dtype | None = None,
         accumulation: Accumulation = "gradients",
+        tasks: Iterable[str] = (),
+        process_group: ProcessGroup | None = None,
+        fsdp_model: torch.nn.Module | None = None,
     ) -> None:
         # `Optimizer.__init__` is not called: it would make param groups and state of its own, which go stale.
         if not isinstance(optimizer, Optimizer):
@@ -121,8 +134,12 @@ class GradientSurgery(Optimizer):
             outside=outside,
             buffer_dtype=buffer_dtype,
             accumulation=accumulation,
+            tasks=as_names(tasks),
+            replicas=as_replicas(process_group),
+            resharding=None if fsdp_model is None else Resharding(fsdp_model),
         )
         self.engine = Engine(AGS() if method is None else method, options)
+        self.engine.expect(self._parameters(), self.param_groups)
         self._make_hook_tables()
         self._synchronise_state()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias, get_args
 
@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 
 from agsurgery.blocks import Granularity
+from agsurgery.distributed import Replicas
+from agsurgery.sharding import Resharding
 
 EngineName: TypeAlias = Literal["grad", "lean", "accumulate", "reweight"]
 """How the task gradients are computed, and how their combination comes to `.grad`."""
@@ -47,6 +49,9 @@ class Options:
     outside: Outside = "error"
     buffer_dtype: torch.dtype | None = None
     accumulation: Accumulation = "gradients"
+    tasks: Sequence[str] = ()
+    replicas: Replicas | None = None
+    resharding: Resharding | None = None
 
     def __post_init__(self) -> None:
         _one_of("engine", self.engine, get_args(EngineName))
@@ -62,6 +67,21 @@ class Options:
             )
         if dtype is not None and not dtype.is_floating_point:
             raise ValueError(f"`buffer_dtype` must be a floating point dtype. Got {dtype}.")
+
+
+def as_names(tasks: Iterable[str]) -> tuple[str, ...]:
+    """Names of tasks as a tuple.
+
+    Raises:
+        TypeError: one string, or something else than strings.
+        ValueError: a name comes twice.
+    """
+    names = () if isinstance(tasks, str) else tuple(tasks)
+    if isinstance(tasks, str) or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"`tasks` must be names, such as `['depth', 'edges']`. Got {tasks!r}.")
+    if len(set(names)) < len(names):
+        raise ValueError(f"The names in `tasks` must differ. Got {list(names)}.")
+    return names
 
 
 def check_level(level: Level, features: Features | None) -> None:

@@ -11,17 +11,21 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
+from agsurgery.agreement import Agreement
 from agsurgery.blocks import Blocks
 from agsurgery.graph import (
     Reach,
     Root,
     Split,
     children,
+    entry,
     explained,
     gradients,
     is_reentrant,
     meeting_nodes,
+    through,
 )
+from agsurgery.outbox import Outbox
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,9 @@ class Step:
         blocks: see `Partition`.
         retain_graph: whether the graphs stay for another pass.
         loss_scale: of a `GradScaler`, 0-d; None for 1.
+        outbox: takes the gradients of passes that go to `.grad`, to be averaged over the processes; None: they go
+            there straight away.
+        agreement: what holds in all processes together; None if there is one.
     """
 
     tasks: tuple[str, ...]
@@ -53,10 +60,20 @@ class Step:
     blocks: Blocks | None
     retain_graph: bool
     loss_scale: Tensor | None
+    outbox: Outbox | None = None
+    agreement: Agreement | None = None
 
     def start(self, loss: Tensor) -> Tensor:
         """Gradient of the scaled loss with respect to the loss."""
         return torch.ones_like(loss) if self.loss_scale is None else self.loss_scale.to(loss)
+
+    @property
+    def active(self) -> list[str]:
+        """The tasks that have a gradient, here or in another process."""
+        has = [root is not None for root in self.roots]
+        if self.agreement is not None:
+            has = self.agreement.active
+        return [task for task, there in zip(self.tasks, has, strict=True) if there]
 
     @property
     def device(self) -> torch.device:
@@ -128,41 +145,45 @@ def weighted_backward(step: Step, weights: Tensor, *, own: bool) -> None:
     Raises:
         RuntimeError: own gradients are asked for and a reentrant checkpoint hides which ones these are.
     """
-    inputs = step.leaves() if step.reach.others and not step.hidden else None
+    box = step.outbox
+    limited = box is not None or bool(step.reach.others)
+    inputs = step.leaves() if limited and not step.hidden else None
     active = [(i, root) for i, root in enumerate(step.roots) if root is not None]
     roots = [root for _, root in active]
     plain = [step.start(step.losses[i]) for i, _ in active]
     factors = [weights.select(0, i) for i, _ in active]
     weighted = [f.to(start) * start for f, start in zip(factors, plain, strict=True)]
     if not own:
-        _backward(roots, weighted, step.retain_graph, inputs)
+        _backward(roots, weighted, step.retain_graph, inputs, box)
         return
     if step.named:
         shared = {id(p) for p in step.parts.shared}
         rest = [leaf for leaf in step.leaves() if id(leaf) not in shared]
         if rest:
-            _backward(roots, plain, step.retain_graph or bool(shared), rest)
+            _backward(roots, plain, step.retain_graph or bool(shared), rest, box)
         if shared:
-            _backward(roots, weighted, step.retain_graph, step.parts.shared)
+            mine = [leaf for leaf in step.leaves() if id(leaf) in shared]
+            _backward(roots, weighted, step.retain_graph, mine, box)
         return
     common = meeting_nodes(roots)
     handles: list[Any] = []
     starts = []
     for root, factor, start, scaled in zip(roots, factors, plain, weighted, strict=True):
-        starts.append(scaled if root.node in common else start)
-        handles += _weigh_below(root, common, factor)
+        first = entry(root).node
+        starts.append(scaled if first in common else start)
+        handles += _weigh_below(first, common, factor)
     try:
-        _backward(roots, starts, step.retain_graph, inputs)
+        _backward(roots, starts, step.retain_graph, inputs, box)
     finally:
         for handle in handles:
             handle.remove()
 
 
-def _weigh_below(root: Root, common: Collection[Node], factor: Tensor) -> list[Any]:
+def _weigh_below(first: Node, common: Collection[Node], factor: Tensor) -> list[Any]:
     """Multiply what a loss sends into the common nodes; returns the handles of the hooks."""
     handles = []
     seen: set[Node] = set()
-    stack = [] if root.node in common else [root.node]
+    stack = [] if first in common else [first]
     while stack:
         node = stack.pop()
         if node in seen:
@@ -174,7 +195,8 @@ def _weigh_below(root: Root, common: Collection[Node], factor: Tensor) -> list[A
                 '`heads="weighted"`, or call `torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`.'
             )
         stack += [child for child in children(node) if child not in common]
-        entries = {i for i, (child, _) in enumerate(node.next_functions) if child in common}
+        below = [through(*edge)[0] for edge in node.next_functions]
+        entries = {i for i, child in enumerate(below) if child in common}
         if entries:
             handles.append(node.register_hook(_multiplier(entries, factor)))
     return handles
@@ -197,7 +219,13 @@ def _backward(
     starts: Sequence[Tensor],
     retain_graph: bool,
     inputs: Sequence[Tensor] | None,
+    outbox: Outbox | None,
 ) -> None:
+    if outbox is not None and inputs is not None:
+        values = gradients(roots, inputs, starts, retain_graph)
+        found = zip(inputs, values, strict=True)
+        outbox.add({leaf: value for leaf, value in found if value is not None})
+        return
     with explained():
         torch.autograd.backward(list(roots), list(starts), retain_graph=retain_graph, inputs=inputs)
 
@@ -207,7 +235,8 @@ def backward_through(
     starts: Sequence[Tensor],
     leaves: Sequence[Tensor],
     retain_graph: bool,
+    outbox: Outbox | None = None,
 ) -> None:
-    """One backward pass from some edges into the `.grad` of some leaves."""
+    """One backward pass from some edges into the `.grad` of some leaves, or into `outbox`."""
     if edges and leaves:
-        _backward(edges, starts, retain_graph, leaves)
+        _backward(edges, starts, retain_graph, leaves, outbox)

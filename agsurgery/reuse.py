@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from agsurgery.methods import Solution
 from agsurgery.methods._state import TaskState
@@ -22,7 +23,7 @@ class Reuse:
 
     def __init__(self, every: int) -> None:
         self.every = every
-        self._age = 0  # number of steps that the weights have served
+        self.age = 0  # number of steps that the weights have served
         self._tasks: frozenset[str] = frozenset()
         self._kept = TaskState(weights=(1, 1.0), scale=(0, 1.0))
 
@@ -33,9 +34,9 @@ class Reuse:
             tasks: K names.
             active: those among them that have a gradient.
         """
-        if self._age == 0 or self._age >= self.every or self._tasks != set(active):
+        if self.age == 0 or self.age >= self.every or self._tasks != set(active):
             return None
-        self._age += 1
+        self.age += 1
         tensors = self._kept.tensors()
         kept = self._kept.read(active, tensors["weights"])
         weights = kept["weights"].clone()
@@ -51,7 +52,7 @@ class Reuse:
         if self._tasks != set(active):
             self._kept = TaskState(weights=(1, 1.0), scale=(0, 1.0))
             self._tasks = frozenset(active)
-        self._age = 1
+        self.age = 1
         weights = solution.weights
         if list(active) != list(tasks):
             places = torch.tensor([tasks.index(name) for name in active], device=weights.device)
@@ -60,18 +61,21 @@ class Reuse:
         values = {"weights": weights, "scale": solution.scale}
         self._kept.write(active, weights, values, finite)
 
+    def expect(self, tasks: Sequence[str], like: Tensor) -> None:
+        """Make room for the weights of tasks that have not come yet."""
+        if self.every > 1:
+            self._kept.read(tasks, like)
+
     def state(self) -> dict[str, Any]:
         """The live tensors and the age, for a checkpoint; empty if there is nothing to remember."""
-        if self._age == 0:
-            return {}
         tensors = {_PREFIX + name: value for name, value in self._kept.tensors().items()}
-        return {**tensors, _PREFIX + "age": self._age}
+        return {**tensors, _PREFIX + "age": self.age} if tensors else {}
 
     def load(self, entries: Mapping[str, Any]) -> None:
         """Take over what `state` gave; nothing if that was empty, or the weights serve one step."""
         own = {k.removeprefix(_PREFIX): v for k, v in entries.items() if k.startswith(_PREFIX)}
         if self.every == 1 or "age" not in own:
             return
-        self._age = int(own.pop("age"))
+        self.age = int(own.pop("age"))
         self._kept.load(own)
         self._tasks = frozenset(self._kept.names)

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node
 
 from agsurgery import kernels
-from agsurgery.graph import any_above_another, gradients, leaf_of, meeting_nodes, walk
+from agsurgery.checks import check_features
+from agsurgery.distributed import Shifted
+from agsurgery.graph import any_above_another, entry, gradients, leaf_of, meeting_nodes, walk
 from agsurgery.jacobian import Rows
 from agsurgery.lean import NotBatchable, trunk_gramian, warn_not_batchable
 from agsurgery.methods._base import RowMethod
@@ -74,8 +76,8 @@ def head_pass(step: Step, border: Collection[Node]) -> Heads:
         if root is None:
             continue
         start = step.start(loss)
-        if root.node in border:  # the loss itself is shared
-            cotangents[task][number[root]] = start
+        if entry(root).node in border:  # the loss itself is shared
+            cotangents[task][number[entry(root)]] = start
             continue
         # Asked for what also lies below the border, autograd would go on through the border.
         entries = frozenset(number[edge] for edge in edges)
@@ -116,7 +118,8 @@ def rows_through(
     step = replace(step, retain_graph=step.retain_graph or retain_last)
     rows.lay_out(step.parts.shared, len(step.tasks), step.blocks)
     heads = head_pass(step, border)
-    _some(heads)
+    if step.outbox is None:  # another process may have the tasks that pass there
+        check_features(bool(heads.edges))
     later = [bool(cotangents) for cotangents in heads.cotangents]
     own: Own = []
     for task, cotangents in enumerate(heads.cotangents):
@@ -198,7 +201,7 @@ def feature_surgery(
     step: Step,
     border: Collection[Node],
     weigh: Weigh,
-    method: RowMethod | None,
+    method: RowMethod | Shifted | None,
     *,
     weighted_heads: bool,
 ) -> Own:
@@ -218,7 +221,8 @@ def feature_surgery(
         ValueError: no loss passes through the features, or a shared parameter is reached around them.
     """
     heads = head_pass(step, border)
-    _some(heads)
+    if step.outbox is None:
+        check_features(bool(heads.edges))
     shared = {id(p) for p in step.parts.shared}
     around = [p for found in heads.gradients for p in found if id(p) in shared]
     if around:
@@ -229,7 +233,8 @@ def feature_surgery(
         )
     below = heads.trunk()
     cotangents = heads.stacked()
-    gramian = torch.zeros((), dtype=kernels.solver_dtype(step.device), device=step.device)
+    shape = (len(step.tasks), len(step.tasks))
+    gramian = torch.zeros(shape, dtype=kernels.solver_dtype(step.device), device=step.device)
     for batch in cotangents:
         product = kernels.gramian(_real(batch).reshape(batch.shape[0], -1))
         gramian = gramian + product.to(gramian)
@@ -239,7 +244,7 @@ def feature_surgery(
     if method is None:
         _through_trunk(step, heads.edges, cotangents, weights, inside, rest, weighted_heads)
         return heads.gradients
-    method.begin(cotangents[0].device)
+    method.begin(cotangents[0].device if cotangents else step.device)
     updates, start = [], 0
     for batch in cotangents:
         flat = _real(batch).reshape(batch.shape[0], -1)
@@ -247,18 +252,10 @@ def feature_surgery(
         update = method.combine(wide, start).to(flat.dtype).view(_real(batch[0]).shape)
         updates.append(torch.view_as_complex(update) if batch.is_complex() else update)
         start += flat.shape[1]
-    backward_through(heads.edges, updates, inside, step.retain_graph or bool(rest))
+    backward_through(heads.edges, updates, inside, step.retain_graph or bool(rest), step.outbox)
     sums = [batch.sum(0) for batch in cotangents]
-    backward_through(heads.edges, sums, rest, step.retain_graph)
+    backward_through(heads.edges, sums, rest, step.retain_graph, step.outbox)
     return heads.gradients
-
-
-def _some(heads: Heads) -> None:
-    if not heads.edges:
-        raise ValueError(
-            "The losses must depend on the parameters through `features`. None of them passes through these tensors: "
-            "pass the very tensors that the heads were given, from the same forward pass."
-        )
 
 
 def _through_trunk(
@@ -274,8 +271,10 @@ def _through_trunk(
     if weighted_rest:
         shared, rest = [*shared, *rest], []
     combined = [_combined(weights, batch) for batch in cotangents]
-    backward_through(edges, combined, shared, step.retain_graph or bool(rest))
-    backward_through(edges, [batch.sum(0) for batch in cotangents], rest, step.retain_graph)
+    box = step.outbox
+    backward_through(edges, combined, shared, step.retain_graph or bool(rest), box)
+    sums = [batch.sum(0) for batch in cotangents]
+    backward_through(edges, sums, rest, step.retain_graph, box)
 
 
 def _combined(weights: Tensor, batch: Tensor) -> Tensor:

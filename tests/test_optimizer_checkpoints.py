@@ -5,12 +5,14 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import warnings
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.distributed import checkpoint
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_optimizer_state_dict,
@@ -18,7 +20,18 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import lr_scheduler as schedulers
 
-from agsurgery import AGS, CAGrad, GradientSurgery, PCGrad
+from agsurgery import (
+    AGS,
+    DWA,
+    FAMO,
+    UW,
+    CAGrad,
+    GradientSurgery,
+    GradVac,
+    NormRestored,
+    PCGrad,
+    Smoothed,
+)
 from tests._optimizer_cases import (
     BASES,
     FourTasks,
@@ -235,6 +248,65 @@ def test_a_distributed_checkpoint_is_interchangeable_with_that_of_the_bare_optim
         for model, optimizer in zip(models, optimizers, strict=True):
             step_with_given_gradients(model, optimizer, seed)
     assert same(models[0].parameters(), models[1].parameters())
+
+
+REMEMBERING: dict[str, Callable[[], dict[str, Any]]] = {
+    "GradVac": lambda: {"method": GradVac(beta=0.5)},
+    "UW": lambda: {"method": UW()},
+    "DWA": lambda: {"method": DWA()},
+    "FAMO": lambda: {"method": FAMO()},
+    "Smoothed": lambda: {"method": Smoothed(CAGrad())},
+    "NormRestored": lambda: {"method": NormRestored(GradVac(beta=0.5))},
+    "every": lambda: {"method": AGS(), "every": 4},
+    "blocks": lambda: {"method": GradVac(beta=0.5), "granularity": "parameter"},
+}
+"""What a wrapper remembers by the names of the tasks."""
+
+
+@pytest.mark.parametrize("wrapper", REMEMBERING.values(), ids=REMEMBERING)
+@pytest.mark.parametrize("flat", [False, True])
+def test_a_distributed_checkpoint_on_disk_restores_a_wrapper_that_knows_its_tasks(
+    wrapper, flat, tmp_path
+):
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = FourTasks()
+    optimizer = GradientSurgery(BASES["adamw"](model.parameters()), **wrapper())
+    train(model, optimizer, range(3))
+    # One process saves and loads without a process group, and torch says so.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        checkpoint.save(
+            get_optimizer_state_dict(model, optimizer, options=options), checkpoint_id=tmp_path
+        )
+        other = _resumed(model)
+        tasks = optimizer.report.tasks
+        fresh = GradientSurgery(BASES["adamw"](other.parameters()), tasks=tasks, **wrapper())
+        content = get_optimizer_state_dict(other, fresh, options=options)
+        checkpoint.load(content, checkpoint_id=tmp_path)
+    set_optimizer_state_dict(other, fresh, content, options=options)
+    train(model, optimizer, range(3, 7))
+    train(other, fresh, range(3, 7))
+    assert same(model.parameters(), other.parameters())
+
+
+def test_naming_the_tasks_changes_no_step():
+    for wrapper in REMEMBERING.values():
+        models = [FourTasks(0), FourTasks(0)]
+        names = None
+        for model in models:
+            tasks = {} if names is None else {"tasks": names}
+            optimizer = GradientSurgery(BASES["sgd"](model.parameters()), **wrapper(), **tasks)
+            train(model, optimizer, range(5))
+            names = optimizer.report.tasks
+        assert same(models[0].parameters(), models[1].parameters())
+
+
+@pytest.mark.parametrize(
+    ("tasks", "error"), [("depth", TypeError), ([1, 2], TypeError), (["a", "a"], ValueError)]
+)
+def test_names_of_tasks_that_are_none_are_refused(tasks, error):
+    with pytest.raises(error, match="names"):
+        make("sgd", AGS(), tasks=tasks)
 
 
 # -- copies ----------------------------------------------------------------------------------------

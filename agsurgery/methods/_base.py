@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from agsurgery.methods._cosine import Cosines, cosines
+from agsurgery.methods._state import TaskState
 
 Reduction: TypeAlias = Literal["sum", "mean"]
 """Scale of an update: of the sum of the task gradients, or of their mean (K times smaller)."""
@@ -100,6 +101,19 @@ class Method(ABC):
     @abstractmethod
     def _solve_sum(self, problem: Problem) -> Solution:
         """Solve on the scale of the sum of the task gradients."""
+
+    def expect(self, tasks: Sequence[str], like: Tensor) -> None:
+        """Make room for what is remembered of tasks that have not come yet.
+
+        Args:
+            tasks: K names.
+            like: `(..., K)` tensor on the device of the Gramians to come, with their leading dimensions.
+        """
+        for value in vars(self).values():
+            if isinstance(value, TaskState):
+                value.read(tasks, like)
+            elif isinstance(value, Method):
+                value.expect(tasks, like)
 
     def state(self) -> Mapping[str, Tensor]:
         """The live state tensors by name, changed in place by calls; empty for a pure function."""

@@ -14,6 +14,9 @@ the chosen one it then runs on fresh seeds; initial weights and points are the s
 spends its trials on the weight of the boundary loss too. Some have no row, since with two tasks they have the
 direction of another: UPGrad that of PCGrad; IMTLG and NashMTL that of ConFIG.
 
+The runs of a method go through one batch of networks, since a method takes a batch of Gramians. The tests hold the
+steps against `GradientSurgery`.
+
     python -m benchmarks.pinn
     python -m benchmarks.pinn --problems helmholtz --methods AGS PCGrad CAGrad Sum
 """
@@ -24,17 +27,17 @@ import argparse
 import itertools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import agsurgery
-from agsurgery import ConflictMonitor, GradientSurgery
+from agsurgery import ConflictMonitor, SurgeryReport
 from benchmarks._intervals import Interval
 from benchmarks._measure import environment, write_json
 from benchmarks._plots import colour, new_figure, save_svg
@@ -43,64 +46,71 @@ RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "numpy", "scipy", "matplotlib")
 VISCOSITY = 0.05 / math.pi
 WAVES = (1, 2)  # half periods of the Helmholtz solution on [0, 1]
-WIDTH, DEPTH = 24, 3
-INSIDE, BORDER = 200, 80  # points of a step
-STEPS, SEEDS = 2000, 5
+SIZES = (2, 20, 20, 20, 1)  # of the layers
+INSIDE, BORDER = 128, 64  # points of a step
+STEPS, SEEDS = 3000, 6
 RATES = (3e-3, 1e-2, 3e-2)
 TUNING_SEED = 1000
 FAILED = 10.0  # relative errors are cut off here: a network without any training has 1
-WATCHED = 10  # every n-th step goes to the monitor
+WATCHED = 20  # every n-th step goes to the monitor
 
 
 # -- network --------------------------------------------------------------------------------------
 
 
 class Jet(NamedTuple):
-    """A function of two coordinates at n points, with its first and pure second derivatives, each `(n, width)`."""
+    """R functions of two coordinates at n points each, with first and pure second derivatives, all `(R, n)`."""
 
     value: Tensor
     first: tuple[Tensor, Tensor]
     second: tuple[Tensor, Tensor]
 
 
-class Network(nn.Module):
-    """A tanh network from two coordinates to one value."""
+def initial(generator: torch.Generator) -> Tensor:
+    """Parameters of one tanh network from two coordinates to one value, in a row: Xavier weights, zero biases."""
+    parts = []
+    for before, after in itertools.pairwise(SIZES):
+        spread = math.sqrt(2 / (before + after))
+        parts += [spread * torch.randn(before * after, generator=generator), torch.zeros(after)]
+    return torch.cat(parts)
 
-    def __init__(self, generator: torch.Generator) -> None:
-        super().__init__()
-        sizes = [2, *[WIDTH] * DEPTH, 1]
-        self.layers = nn.ModuleList(nn.Linear(a, b) for a, b in itertools.pairwise(sizes))
-        for layer in self.layers:
-            assert isinstance(layer, nn.Linear)
-            nn.init.xavier_normal_(layer.weight, generator=generator)
-            nn.init.zeros_(layer.bias)
 
-    def forward(self, points: Tensor) -> Tensor:
-        """`(n,)` values at `(n, 2)` points."""
-        for layer in self.layers[:-1]:
-            points = torch.tanh(layer(points))
-        return self.layers[-1](points).squeeze(-1)
+def layers(parameters: Tensor) -> list[tuple[Tensor, Tensor]]:
+    """Weights `(R, before, after)` and biases `(R, 1, after)` of R networks, views of `(R, p)` parameters."""
+    found, start = [], 0
+    for before, after in itertools.pairwise(SIZES):
+        weight = parameters.narrow(1, start, before * after).view(-1, before, after)
+        bias = parameters.narrow(1, start + before * after, after).unsqueeze(1)
+        found.append((weight, bias))
+        start += (before + 1) * after
+    return found
 
-    def jet(self, points: Tensor) -> Jet:
-        """The values with their derivatives, carried forward through the layers: one graph, one backward pass."""
-        units = torch.eye(2, dtype=points.dtype, device=points.device)
-        first = [unit.expand_as(points) for unit in units.unbind()]
-        second = [torch.zeros_like(points)] * 2
-        value = points
-        for i, layer in enumerate(self.layers):
-            assert isinstance(layer, nn.Linear)
-            moved = torch.cat([value, *first, *second]) @ layer.weight.T
-            value, x, y, xx, yy = moved.chunk(5)
-            value, first, second = value + layer.bias, [x, y], [xx, yy]
-            if i == len(self.layers) - 1:
-                break
-            value = torch.tanh(value)
-            slope = 1 - value.square()
-            bend = -2 * value * slope
-            second = [slope * s + bend * f.square() for f, s in zip(first, second, strict=True)]
-            first = [slope * f for f in first]
-        flat = [part.squeeze(-1) for part in (value, *first, *second)]
-        return Jet(flat[0], (flat[1], flat[2]), (flat[3], flat[4]))
+
+def values(parameters: Tensor, points: Tensor) -> Tensor:
+    """`(R, n)` values of R networks at `(R, n, 2)` points."""
+    *hidden, (weight, bias) = layers(parameters)
+    for inner, offset in hidden:
+        points = torch.tanh(torch.baddbmm(offset, points, inner))
+    return torch.baddbmm(bias, points, weight).squeeze(-1)
+
+
+def jet(parameters: Tensor, points: Tensor) -> Jet:
+    """The values with their derivatives, carried forward through the layers: one graph, one backward pass."""
+    units = torch.eye(2, dtype=points.dtype, device=points.device)
+    value, first = points, [unit.expand_as(points) for unit in units.unbind()]
+    second = [torch.zeros_like(points)] * 2
+    *hidden, last = layers(parameters)
+    for weight, bias in hidden:
+        moved = torch.cat([value, *first, *second], 1) @ weight
+        value, x, y, xx, yy = moved.chunk(5, 1)
+        value = torch.tanh(value + bias)
+        slope = 1 - value.square()
+        bend = -2 * value * slope
+        first = [slope * x, slope * y]
+        second = [slope * xx + bend * x.square(), slope * yy + bend * y.square()]
+    moved = (torch.cat([value, *first, *second], 1) @ last[0]).squeeze(-1)
+    value, x, y, xx, yy = moved.chunk(5, 1)
+    return Jet(value + last[1].squeeze(-1), (x, y), (xx, yy))
 
 
 # -- problems -------------------------------------------------------------------------------------
@@ -114,8 +124,8 @@ class Problem:
         title: for the table.
         low: lower corner.
         high: upper corner.
-        residual: `(n,)` violation of the equation, from points and jet.
-        border: draws points at which the solution is given, with its values.
+        residual: violation of the equation, from points and jet.
+        border: draws points at which the solution is given, for some steps, with its values.
         reference: `(n,)` solution at `(n, 2)` points, float64.
     """
 
@@ -126,10 +136,10 @@ class Problem:
     border: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
     reference: Callable[[np.ndarray], np.ndarray]
 
-    def inside(self, count: int, generator: torch.Generator) -> Tensor:
-        """`(count, 2)` uniform points."""
+    def inside(self, steps: int, generator: torch.Generator) -> Tensor:
+        """`(steps, INSIDE, 2)` uniform points."""
         low, high = torch.tensor(self.low), torch.tensor(self.high)
-        return low + (high - low) * torch.rand(count, 2, generator=generator)
+        return low + (high - low) * torch.rand(steps, INSIDE, 2, generator=generator)
 
     def grid(self, count: int = 101) -> np.ndarray:
         """`(count * count, 2)` points to judge the error at."""
@@ -159,14 +169,15 @@ def burgers_residual(points: Tensor, jet: Jet) -> Tensor:
     return jet.first[1] + jet.value * jet.first[0] - VISCOSITY * jet.second[0]
 
 
-def burgers_border(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Half of the points at t = 0, a quarter at each end."""
-    start, side = count // 2, count - count // 2
-    x = 2 * torch.rand(start, generator=generator) - 1
-    ends = torch.where(torch.arange(side) % 2 == 0, -1.0, 1.0)
-    t = torch.rand(side, generator=generator)
-    points = torch.cat([torch.stack([x, torch.zeros(start)], 1), torch.stack([ends, t], 1)])
-    return points, torch.cat([-torch.sin(math.pi * x), torch.zeros(side)])
+def burgers_border(steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`(steps, BORDER, 2)` points with their values: half of them at t = 0, a quarter at each end."""
+    half = BORDER // 2
+    x = 2 * torch.rand(steps, half, generator=generator) - 1
+    t = torch.rand(steps, half, generator=generator)
+    zero = torch.zeros(steps, half)
+    ends = torch.where(torch.arange(half) % 2 == 0, -1.0, 1.0).expand(steps, half)
+    points = torch.cat([torch.stack([x, zero], -1), torch.stack([ends, t], -1)], 1)
+    return points, torch.cat([-torch.sin(math.pi * x), zero], 1)
 
 
 def helmholtz_reference(points: np.ndarray) -> np.ndarray:
@@ -178,21 +189,21 @@ def helmholtz_reference(points: np.ndarray) -> np.ndarray:
 def helmholtz_residual(points: Tensor, jet: Jet) -> Tensor:
     """u_xx + u_yy + u - f."""
     waves = math.pi * torch.tensor(WAVES, dtype=points.dtype, device=points.device)
-    solution = torch.sin(waves * points).prod(1)
+    solution = torch.sin(waves * points).prod(-1)
     force = (1 - waves.square().sum()) * solution
     return jet.second[0] + jet.second[1] + jet.value - force
 
 
-def helmholtz_border(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A quarter of the points on each side, where the solution is zero."""
-    along = 2 * torch.rand(count, generator=generator) - 1
-    side = torch.arange(count) % 4
-    fixed = torch.where(side % 2 == 0, -1.0, 1.0)
+def helmholtz_border(steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """`(steps, BORDER, 2)` points, a quarter on each side, where the solution is zero."""
+    along = 2 * torch.rand(steps, BORDER, generator=generator) - 1
+    side = torch.arange(BORDER) % 4
+    fixed = torch.where(side % 2 == 0, -1.0, 1.0).expand(steps, BORDER)
     vertical = side < 2
     points = torch.stack(
-        [torch.where(vertical, fixed, along), torch.where(vertical, along, fixed)], 1
+        [torch.where(vertical, fixed, along), torch.where(vertical, along, fixed)], -1
     )
-    return points, torch.zeros(count)
+    return points, torch.zeros(steps, BORDER)
 
 
 PROBLEMS = {
@@ -232,6 +243,7 @@ METHODS: dict[str, tuple[Callable[[], Any], tuple[Trial, ...]]] = {
     "weighted sum": (agsurgery.Sum, WEIGHTED),
     "ConFIG": (agsurgery.ConFIG, RATES_ONLY),
     "MGDA": (agsurgery.MGDA, RATES_ONLY),
+    "AlignedMTL": (agsurgery.AlignedMTL, RATES_ONLY),
 }
 PLAIN, TUNED = "Sum", "weighted sum"
 
@@ -240,66 +252,94 @@ PLAIN, TUNED = "Sum", "weighted sum"
 
 
 class Outcome(NamedTuple):
-    """Relative L2 error, final losses without weights, what the monitor saw, and seconds."""
+    """Relative L2 errors of the runs, what the monitor saw in all of them, and seconds of a run."""
 
-    error: float
-    losses: dict[str, float]
+    errors: list[float]
     seen: dict[str, float]
     seconds: float
 
 
-def relative_error(problem: Problem, network: Network, device: torch.device) -> float:
-    """|u - reference| / |reference| on the grid, at most `FAILED`."""
+def relative_errors(problem: Problem, parameters: Tensor) -> list[float]:
+    """|u - reference| / |reference| of R networks on the grid, at most `FAILED`."""
     grid = problem.grid()
+    points = torch.from_numpy(grid).to(parameters)
     with torch.no_grad():
-        found = network(torch.from_numpy(grid).float().to(device)).double().cpu().numpy()
+        found = values(parameters, points.expand(len(parameters), -1, -1)).double().cpu().numpy()
     exact = problem.reference(grid)
-    error = float(np.linalg.norm(found - exact) / np.linalg.norm(exact))
-    return min(error, FAILED) if math.isfinite(error) else FAILED
+    errors = np.linalg.norm(found - exact, axis=1) / np.linalg.norm(exact)
+    return np.where(errors < FAILED, errors, FAILED).tolist()
 
 
-def losses_at(
-    problem: Problem, network: Network, inside: Tensor, border: Tensor, given: Tensor
-) -> dict[str, Tensor]:
-    """Mean squares of the two violations."""
-    return {
-        "residual": problem.residual(inside, network.jet(inside)).square().mean(),
-        "boundary": (network(border) - given).square().mean(),
-    }
+def losses_of(
+    problem: Problem, parameters: Tensor, inside: Tensor, border: Tensor, given: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Mean squares of both violations, `(R,)` each."""
+    residual = problem.residual(inside, jet(parameters, inside)).square().mean(1)
+    return residual, (values(parameters, border) - given).square().mean(1)
+
+
+class Adam:
+    """Adam for R runs with a learning rate each: `torch.optim.Adam` has one for a whole tensor."""
+
+    def __init__(self, parameters: Tensor, rates: Tensor) -> None:
+        self.rates = rates.unsqueeze(1)
+        self.mean, self.square = torch.zeros_like(parameters), torch.zeros_like(parameters)
+        self.steps = 0
+
+    def step(self, parameters: Tensor, gradient: Tensor, factor: float) -> None:
+        """One step with the rates times `factor`, in place."""
+        self.steps += 1
+        self.mean.lerp_(gradient, 1 - 0.9)
+        self.square.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
+        size = (self.square / (1 - 0.999**self.steps)).sqrt_().add_(1e-8)
+        parameters.sub_(factor * self.rates / (1 - 0.9**self.steps) * self.mean / size)
 
 
 def train(
-    problem: Problem, method: Any, trial: Trial, seed: int, steps: int, device: torch.device
+    problem: Problem,
+    method: Any,
+    trials: Sequence[Trial],
+    seeds: Sequence[int],
+    steps: int,
+    device: torch.device,
 ) -> Outcome:
-    """One run; seed for seed the same initial weights and points for every method."""
-    start = time.perf_counter()
-    generator = torch.Generator().manual_seed(seed)
-    network = Network(generator).to(device)
-    adam = torch.optim.Adam(network.parameters(), lr=trial.rate, fused=True)
-    optimizer = GradientSurgery(adam, method)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    """Some runs at once; seed for seed the same initial weights and points for every method."""
+    begin = time.perf_counter()
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+    parameters = torch.stack([initial(generator) for generator in generators]).to(device)
+    parameters.requires_grad_()
+    inside = torch.stack([problem.inside(steps, g) for g in generators], 1).to(device)
+    borders = [problem.border(steps, g) for g in generators]
+    border, given = (torch.stack(parts, 1).to(device) for parts in zip(*borders, strict=True))
+    adam = Adam(parameters.detach(), torch.tensor([trial.rate for trial in trials], device=device))
+    weight = torch.tensor([trial.weight for trial in trials], device=device)
     monitor = ConflictMonitor(history=2)
-    losses: dict[str, Tensor] = {}
     for step in range(steps):
-        inside = problem.inside(INSIDE, generator).to(device)
-        border, given = (part.to(device) for part in problem.border(BORDER, generator))
-        losses = losses_at(problem, network, inside, border, given)
-        optimizer.zero_grad()
-        report = optimizer.backward(
-            {"residual": losses["residual"], "boundary": trial.weight * losses["boundary"]}
-        )
+        residual, boundary = losses_of(problem, parameters, inside[step], border[step], given[step])
+        losses = (residual, weight * boundary)
+        # The sum over the runs has the gradients of all of them.
+        rows = torch.stack([torch.autograd.grad(loss.sum(), parameters)[0] for loss in losses], 1)
+        gramians = rows.double() @ rows.double().mT
+        weights = method(gramians)
         if step % WATCHED == 0:
-            monitor.update(report)
-        optimizer.step()
-        schedule.step()
+            for report in reports(torch.stack(losses, 1).detach(), gramians, weights):
+                monitor.update(report)
+        update = (weights.to(rows).unsqueeze(1) @ rows).squeeze(1)
+        adam.step(parameters.detach(), update, 0.5 + 0.5 * math.cos(math.pi * step / steps))
     seen = monitor.to_dict()
     shares = ("conflict", "sum_raises", "update_raises", "imbalance", "sum_cosine")
     return Outcome(
-        relative_error(problem, network, device),
-        {name: loss.item() for name, loss in losses.items()},
-        {name: seen[name] for name in shares if name in seen},
-        time.perf_counter() - start,
+        relative_errors(problem, parameters.detach()),
+        {name: float(f"{seen[name]:.4g}") for name in shares if name in seen},
+        (time.perf_counter() - begin) / len(seeds),
     )
+
+
+def reports(losses: Tensor, gramians: Tensor, weights: Tensor) -> Iterator[SurgeryReport]:
+    """One report for each run."""
+    tasks, scale = ("residual", "boundary"), gramians.new_ones(())
+    for loss, gramian, weight in zip(losses, gramians, weights, strict=True):
+        yield SurgeryReport(tasks, loss, gramian, weight, scale)
 
 
 class Effort(NamedTuple):
@@ -313,29 +353,22 @@ class Effort(NamedTuple):
 def judge(problem: Problem, name: str, effort: Effort, device: torch.device) -> dict[str, Any]:
     """Choose among the trials with one seed, then run the chosen one on fresh ones."""
     make, trials = METHODS[name]
-    tried = {
-        trial: train(problem, make(), trial, TUNING_SEED, effort.steps, device).error
-        for trial in trials[: effort.trials]
-    }
-    best = min(tried, key=lambda trial: tried[trial])
-    runs = [
-        train(problem, make(), best, seed, effort.steps, device) for seed in range(effort.seeds)
-    ]
-    seen = {
-        key: float(f"{sum(run.seen[key] for run in runs) / len(runs):.4g}")
-        for key in runs[0].seen
-        if all(key in run.seen for run in runs)
-    }
+    trials = trials[: effort.trials]
+    tuning = [TUNING_SEED] * len(trials)
+    tried = train(problem, make(), trials, tuning, effort.steps, device).errors
+    best = trials[tried.index(min(tried))]
+    seeds = range(effort.seeds)
+    runs = train(problem, make(), [best] * len(seeds), seeds, effort.steps, device)
     return {
         "tried": [
-            {**trial._asdict(), "error": float(f"{error:.4g}")} for trial, error in tried.items()
+            {**trial._asdict(), "error": float(f"{error:.4g}")}
+            for trial, error in zip(trials, tried, strict=True)
         ],
         "chosen": best._asdict(),
-        "errors": [float(f"{run.error:.4g}") for run in runs],
-        "error": Interval.geometric([run.error for run in runs]).to_dict(),
-        "losses": [{k: float(f"{v:.4g}") for k, v in run.losses.items()} for run in runs],
-        "seen": seen,
-        "seconds": round(sum(run.seconds for run in runs) / len(runs), 2),
+        "errors": [float(f"{error:.4g}") for error in runs.errors],
+        "error": Interval.geometric(runs.errors).to_dict(),
+        "seen": runs.seen,
+        "seconds": round(runs.seconds, 2),
     }
 
 

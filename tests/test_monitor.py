@@ -293,6 +293,26 @@ def test_update_neither_waits_for_the_device_nor_copies_to_it(blocks):
     assert host.seen == []
 
 
+@pytest.mark.parametrize("tasks", [2, 20])
+def test_update_takes_about_a_hundred_operations_for_any_number_of_tasks(tasks):
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    class Counter(TorchDispatchMode):
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            views = [a for a in args if isinstance(a, Tensor) and isinstance(result, Tensor)]
+            self.count += not any(a.data_ptr() == result.data_ptr() for a in views)
+            return result
+
+    report = report_of({str(i): row.numpy() for i, row in enumerate(random(tasks))})
+    monitor = gathered(report)
+    with Counter() as counter:
+        monitor.update(report)
+    assert 80 < counter.count < 130
+
+
 def test_update_leaves_no_graph_and_changes_no_report():
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     report = agsurgery.backward(

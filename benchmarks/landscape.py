@@ -20,7 +20,6 @@ The tests check the gradients numerically, and the steps against `GradientSurger
 
 from __future__ import annotations
 
-import argparse
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -33,12 +32,12 @@ from scipy import integrate, optimize
 from torch import Tensor
 
 import agsurgery
+from benchmarks._cli import new_parser, parse, result_path
 from benchmarks._measure import environment, write_json
 from benchmarks._plots import colour, new_figure, save_svg
 
 Array = NDArray[np.float64]
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "numpy", "scipy", "matplotlib")
 METHODS: dict[str, Callable[[], Any]] = {
     "AGS": agsurgery.AGS,
@@ -388,14 +387,9 @@ def draw(methods: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark with command line arguments; returns what the JSON file holds."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
-    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # for the tests
-    options = parser.parse_args(arguments)
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use. Found none.")
+    options = parse(parser, arguments)
     device, threads = torch.device(options.device), torch.get_num_threads()
     steps, small_steps, keep = (20, 20, 5) if options.quick else (STEPS, SMALL_STEPS, 200)
     torch.set_num_threads(1)
@@ -425,9 +419,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         **record,
         "methods": methods,
     }
-    suffix = "-cuda" if device.type == "cuda" else ""
-    if options.out or not options.quick:
-        out = options.out or RESULTS / f"landscape{suffix}.json"
+    out = result_path(options, "landscape")
+    if out is not None:
         draw(methods, out.with_suffix(".svg"))
         for found in methods.values():
             del found["landscape"]["path"]  # in the figure

@@ -23,7 +23,6 @@ steps against `GradientSurgery`.
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import time
@@ -38,11 +37,11 @@ from torch import Tensor
 
 import agsurgery
 from agsurgery import ConflictMonitor, SurgeryReport
+from benchmarks._cli import new_parser, parse, result_path
 from benchmarks._intervals import Interval
 from benchmarks._measure import environment, write_json
 from benchmarks._plots import colour, new_figure, save_svg
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "numpy", "scipy", "matplotlib")
 VISCOSITY = 0.05 / math.pi
 WAVES = (1, 2)  # half periods of the Helmholtz solution on [0, 1]
@@ -467,20 +466,12 @@ def draw(problems: dict[str, Any], path: Path) -> None:
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark with command line arguments; returns what the JSON file holds."""
     assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__.splitlines()[0])
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS})")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"(default: {SEEDS})")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
-    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # for the tests
-    options = parser.parse_args(arguments)
-    for option, least in (("steps", 1), ("seeds", 2)):
-        if getattr(options, option) < least:
-            parser.error(f"--{option} must be at least {least}. Got {getattr(options, option)}.")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use. Found none.")
+    options = parse(parser, arguments, steps=1, seeds=2)
     device, threads = torch.device(options.device), torch.get_num_threads()
     effort = Effort(options.steps, options.seeds, len(RATES))
     if options.quick:
@@ -513,9 +504,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         **record,
         "problems": problems,
     }
-    suffix = "-cuda" if device.type == "cuda" else ""
-    if options.out or not options.quick:
-        out = options.out or RESULTS / f"pinn{suffix}.json"
+    out = result_path(options, "pinn")
+    if out is not None:
         write_json(out, result)
         draw(problems, out.with_suffix(".svg"))
     print(LEGEND)

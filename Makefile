@@ -56,6 +56,8 @@ check: $(VENV)/.dev
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.step_cost
 	$(BIN)/python -m benchmarks.solver_cost
+	$(BIN)/python -m benchmarks.landscape
+	$(BIN)/python -m benchmarks.pinn
 
 ## docs: build the documentation, warnings are errors
 docs: $(VENV)/.docs

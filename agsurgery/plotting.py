@@ -50,10 +50,14 @@ def plot_monitor(monitor: ConflictMonitor) -> Figure:
     _lines(top_left, rows, shares)
     top_left.set(title="Share of the steps", ylim=(-0.03, 1.03), xlabel="step")
 
-    pairs = [key for key in total if key.startswith("cosine/")]
-    pairs.sort(key=lambda key: total[key])
-    labels = {" - ".join(reversed(key.split("/")[1:])): key for key in pairs[:LINES]}
-    _lines(top_right, rows, labels)
+    pairs = {
+        f"{other} - {task}": f"cosine/{task}/{other}"
+        for i, task in enumerate(monitor.tasks)
+        for other in monitor.tasks[:i]
+        if f"cosine/{task}/{other}" in total
+    }
+    worst = sorted(pairs, key=lambda label: total[pairs[label]])[:LINES]
+    _lines(top_right, rows, {label: pairs[label] for label in worst})
     top_right.axhline(0, color="0.6", linewidth=0.8, zorder=0)
     top_right.set(
         title=_of("Cosine of two gradients", len(pairs)), xlabel="step", ylim=(-1.05, 1.05)

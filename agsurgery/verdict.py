@@ -17,7 +17,7 @@ SAME = 0.99
 """Cosine between update and plain sum from which on they are called the same direction (8 degrees)."""
 
 SHOWN = 10
-"""Pairs in the table: 40 tasks have 780."""
+"""Pairs in the table, and tasks in the answer: 40 tasks have 780 pairs."""
 
 Verdict: TypeAlias = Literal[
     "unknown",
@@ -135,7 +135,7 @@ class MonitorSummary:
         cosine = values.get("sum_cosine")
         turned = "" if cosine is None else f" (mean cosine with the plain sum {cosine:.3f})"
         if verdict == "same direction":
-            yield f"Not with this method: {seen}, but the update has its direction{turned}."
+            yield f"Not with this method: {seen}, but the update has the direction of the sum{turned}."
             yield f"Its length, {values['norm_ratio']:.2f} times that of the sum, is what a learning rate sets."
             yield "If this is no method but `Sum` or `Mean`, the conflicts are a reason to try one."
             return
@@ -144,23 +144,17 @@ class MonitorSummary:
             yield f"Not with this method: {seen}; {done}, and spares no task by {RARE:.0%} of its steps or more."
             return
         yield f"Perhaps: {seen}; {done}."
-        yield (
-            "Raised less often: "
-            + "; ".join(
-                f"{t} ({values[f'sum_raises/{t}']:.0%} -> {values[f'update_raises/{t}']:.0%})"
-                for t in self.gaining
-            )
-            + "."
-        )
-        if self.paying:
-            yield (
-                "Served less well than by the sum: "
-                + "; ".join(
-                    f"{t} (cosine {values[f'cosine_with_sum/{t}']:+.2f} -> {values[f'cosine_with_update/{t}']:+.2f})"
-                    for t in self.paying
-                )
-                + "."
-            )
+        gains = [
+            f"{t} ({values[f'sum_raises/{t}']:.0%} -> {values[f'update_raises/{t}']:.0%})"
+            for t in self.gaining
+        ]
+        yield f"Raised less often: {_listed(gains)}."
+        losses = [
+            f"{t} (cosine {values[f'cosine_with_sum/{t}']:+.2f} -> {values[f'cosine_with_update/{t}']:+.2f})"
+            for t in self.paying
+        ]
+        if losses:
+            yield f"Served less well than by the sum: {_listed(losses)}."
         yield (
             "This is the first order, on the training batches: compare validation metrics with a plain sum whose "
             "weights and learning rate were tuned as long."
@@ -228,3 +222,8 @@ class MonitorSummary:
     def _shown(self, name: str, of: str, form: str, width: int = 0) -> str:
         value = self.values.get(f"{name}/{of}" if of else name)
         return f"{'-' if value is None else format(value, form):>{width}}"
+
+
+def _listed(items: list[str]) -> str:
+    more = len(items) - SHOWN
+    return "; ".join(items[:SHOWN]) + (f"; and {more} more" if more > 0 else "")

@@ -400,6 +400,16 @@ def test_the_summary_names_who_gains_and_who_pays():
     assert f"b (cosine {cosines[0]:+.2f} -> {cosines[1]:+.2f})" in summary.answer
 
 
+def test_the_summary_of_many_tasks_stays_short():
+    plain = {f"small {i}": np.array([1.0, 0.0]) for i in range(14)} | {
+        "big": np.array([-99.0, 1.0])
+    }
+    weights = dict.fromkeys(plain, 1.0) | {"big": 0.0}
+    summary = gathered(*[report_of(plain, weights)] * 30).summary()
+    assert len(summary.gaining) == 14
+    assert "small 9 (100% -> 0%); and 4 more." in summary.answer
+
+
 def test_a_method_without_weights_is_not_judged():
     weight = nn.Parameter(torch.tensor([1.0, 2.0]))
     monitor = ConflictMonitor()
@@ -571,8 +581,12 @@ def test_the_figure_draws_the_numbers(monitor, tmp_path):
 
 def test_the_figure_copes_with_many_tasks_one_step_and_no_gramian(tmp_path):
     rows = random(30, 5).numpy()
-    many = gathered(report_of({f"a task with a long name {i}": r for i, r in enumerate(rows)}))
-    many.plot().savefig(tmp_path / "many.png")
+    many = gathered(report_of({f"a/task with a long name {i}": r for i, r in enumerate(rows)}))
+    figure = many.plot()
+    figure.savefig(tmp_path / "many.png")
+    labels = [str(line.get_label()) for line in figure.axes[1].lines]
+    assert sum(" - " in label for label in labels) == 10
+    assert all(label.count("a/task") == 2 for label in labels if " - " in label)
     blank = torch.full((2, 2), torch.nan, dtype=torch.float64)
     ones = torch.ones(2, dtype=torch.float64)
     gathered(SurgeryReport(("a", "b"), ones, blank, ones, ones.sum())).plot().savefig(

@@ -84,7 +84,7 @@ def _lines(axes: Axes, rows: list[dict[str, float]], labels: dict[str, str]) -> 
             axes.plot(*zip(*points, strict=True), label=label, marker=marker, linewidth=1.4)
             drawn = True
     if drawn:
-        axes.legend(fontsize="small", frameon=False)
+        axes.legend(fontsize="small", framealpha=0.7, edgecolor="none")
     axes.spines[["top", "right"]].set_visible(False)
 
 
@@ -99,7 +99,7 @@ def _matrix(axes: Axes, tasks: tuple[str, ...], total: dict[str, float]) -> None
     values: Any = [[float("nan") if c is None else c for c in row] for row in cosines]
     image = axes.imshow(values, vmin=-1, vmax=1, cmap="RdBu")
     axes.figure.colorbar(image, ax=axes, shrink=0.8)
-    short = [task if len(task) <= 12 else f"{task[:11]}…" for task in tasks]
+    short = [t if len(t) <= 14 else f"{t[:6]}…{t[-7:]}" for t in tasks]  # both ends may tell
     step = -(-size // 20)  # labels that fit
     axes.set_xticks(range(0, size, step), short[::step], rotation=45, ha="right")
     axes.set_yticks(range(0, size, step), short[::step])

@@ -55,8 +55,13 @@ check: $(VENV)/.dev
 ## bench: measure; results go to benchmarks/results
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.step_cost
+	$(BIN)/python -m benchmarks.peak_memory
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.reuse
 	$(BIN)/python -m benchmarks.solver_cost
 	$(BIN)/python -m benchmarks.contract_matrix
+	$(BIN)/python -m benchmarks.landscape
+	$(BIN)/python -m benchmarks.pinn
 
 ## docs: build the documentation, warnings are errors
 docs: $(VENV)/.docs

@@ -42,6 +42,7 @@ from agsurgery.methods import (
     TrimmedMean,
     UPGrad,
 )
+from agsurgery.monitor import ConflictMonitor
 from agsurgery.optimizer import GradientSurgery, unwrap
 from agsurgery.report import SurgeryReport
 
@@ -60,6 +61,7 @@ __all__ = [
     "AlignedMTL",
     "CAGrad",
     "ConFIG",
+    "ConflictMonitor",
     "DualProj",
     "FairGrad",
     "Fixed",

@@ -9,13 +9,13 @@ outvotes the first in the plain sum wherever they conflict.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from agsurgery import AGS, GradientSurgery, Sum
+from agsurgery import AGS, ConflictMonitor, GradientSurgery, Sum
 
 
-def train(method: AGS | Sum, steps: int = 300) -> tuple[dict[str, float], float]:
-    """Final losses, and the share of steps in which the two gradients conflicted."""
+def train(method: AGS | Sum, steps: int = 300) -> tuple[dict[str, float], dict[str, float]]:
+    """Final losses, and what a monitor saw over all steps."""
     torch.manual_seed(0)
     x = torch.randn(256, 16)
     small, large = x[:, :6].sin().sum(1, keepdim=True), 10 * x[:, 6:12].cos().sum(1, keepdim=True)
@@ -24,7 +24,7 @@ def train(method: AGS | Sum, steps: int = 300) -> tuple[dict[str, float], float]
     model = nn.ModuleList([trunk, heads])
 
     optimizer = GradientSurgery(torch.optim.SGD(model.parameters(), lr=0.01), method)
-    conflicts: list[Tensor] = []
+    monitor = ConflictMonitor()
     for _ in range(steps):
         features = trunk(x)
         losses = {
@@ -34,15 +34,15 @@ def train(method: AGS | Sum, steps: int = 300) -> tuple[dict[str, float], float]
         optimizer.zero_grad()
         report = optimizer.backward(losses)
         optimizer.step()
-        conflicts.append(report.conflict)  # stays on the device; read once, below
-    share = torch.stack(conflicts).float().mean().item()
-    return dict(zip(report.tasks, report.losses.tolist(), strict=True)), share
+        monitor.update(report)  # stays on the device; `print(monitor.summary())` shows more
+    return dict(zip(report.tasks, report.losses.tolist(), strict=True)), monitor.to_dict()
 
 
 if __name__ == "__main__":
     for chosen in (Sum(), AGS()):
-        final, share = train(chosen)
+        final, seen = train(chosen)
         values = ", ".join(f"{name} {value:.3f}" for name, value in final.items())
         print(
-            f"{type(chosen).__name__:4} losses: {values}; gradients conflicted in {share:.0%} of the steps"
+            f"{type(chosen).__name__:4} losses: {values}; gradients conflicted in {seen['conflict']:.0%} of the steps, "
+            f"and {seen['update_raises']:.0%} raised a loss"
         )

@@ -1,0 +1,41 @@
+"""Figures that are the same file for the same numbers."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import matplotlib
+from matplotlib.figure import Figure
+
+COLOURS = {
+    "AGS": "#d62728",
+    "PCGrad": "#1f77b4",
+    "CAGrad": "#2ca02c",
+    "Sum": "#000000",
+}
+"""Of the methods that lead every table; the others take what is left, by `colour`."""
+
+OTHERS = ("#9467bd", "#8c564b", "#e377c2", "#7f7f7f", "#bcbd22", "#17becf", "#ff7f0e")
+
+
+def colour(method: str, methods: list[str]) -> str:
+    """Colour of a method, the same in every figure that shows the same methods."""
+    if method in COLOURS:
+        return COLOURS[method]
+    rest = [name for name in methods if name not in COLOURS]
+    return OTHERS[rest.index(method) % len(OTHERS)]
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure, in inches, that belongs to no window."""
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def save_svg(figure: Figure, path: Path) -> None:
+    """Write a figure whole or not at all, without a date, with names that do not change from run to run."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with matplotlib.rc_context({"svg.hashsalt": "agsurgery", "svg.fonttype": "none"}):
+        figure.savefig(temporary, format="svg", metadata={"Date": None})
+    os.replace(temporary, path)

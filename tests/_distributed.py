@@ -31,7 +31,7 @@ from agsurgery import agreement
 Check = Callable[[int, int], None]
 """A check gets its rank and the number of processes."""
 
-WAIT = timedelta(seconds=20)
+WAIT = timedelta(seconds=60)
 """After this a collective that does not end is an error."""
 
 
@@ -107,6 +107,8 @@ def _work(rank: int, module: str, world: int, folder: str, backend: str) -> None
 
 def _main(module: str, world: int, file: str, backend: str) -> None:
     importlib.import_module(module)
+    # DDP and FSDP2 import it late; here it is imported once for all processes.
+    importlib.import_module("torch._dynamo")
     with tempfile.TemporaryDirectory() as folder:
         died = "did not come to an end"
         # A process that has used CUDA cannot be forked.

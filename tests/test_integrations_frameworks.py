@@ -194,6 +194,31 @@ def test_accelerate_mixed_precision_equals_autocast(loops):
     assert_trained_alike(loop.model, reference, TwoTasks())
 
 
+@pytest.mark.parametrize("scale", [2.0**8, 2.0**100], ids=["fits", "too large"])
+def test_accelerate_scales_gradients_and_unscales_them_before_it_clips(loops, monkeypatch, scale):
+    """Accelerate allows float16 on a GPU only, but its scaler and its patched `step` run anywhere."""
+    from examples.integrations import accelerate_loop
+
+    class Scaled(accelerate_loop.Accelerator):
+        mixed_precision = "fp16"
+
+        def __init__(self, **options: Any) -> None:
+            super().__init__(**options)
+            self.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+
+    monkeypatch.setattr(accelerate_loop, "Accelerator", Scaled)
+    loop = loops(2)
+    loop.accelerator.native_amp = True  # only now, so that the forward pass stays in full precision
+    for _ in range(EPOCHS):
+        loop.epoch()
+    if scale > 2.0**64:  # products of such gradients overflow in float32: every step is skipped
+        assert loop.optimizer.step_was_skipped
+        assert same(loop.model.parameters(), TwoTasks().parameters())
+        return
+    reference, _ = plain(gamma=0.99, each="batch")
+    assert_trained_alike(loop.model, reference, TwoTasks())
+
+
 def test_accelerate_saves_and_loads(loops, tmp_path, monkeypatch):
     from examples.integrations import accelerate_loop
 

@@ -148,6 +148,21 @@ def test_an_infinity_leaves_what_the_method_remembers_as_it_was(poison, name):
     assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
 
 
+def test_weightings_of_losses_do_not_see_an_overflow_of_gradients_alone():
+    """A known limit, as the integration page says: the step is skipped, but the weights move on."""
+    model, optimizer = make("sgd", UW())
+    scaler = _scaler()
+    train(model, optimizer, range(2))
+    before, remembered = values(model), optimizer.method.state()["value"].clone()
+    model.trunk.weight.register_hook(lambda gradient: gradient * math.inf)
+    optimizer.zero_grad()
+    optimizer.backward(losses(model, 2), scaler=scaler)
+    scaler.step(optimizer)
+    assert same(before, model.parameters())
+    assert not torch.equal(optimizer.method.state()["value"], remembered)
+    assert optimizer.method.state()["value"].isfinite().all()
+
+
 # -- 16 bits ---------------------------------------------------------------------------------------
 
 

@@ -33,6 +33,7 @@ from agsurgery.outbox import Outbox
 from agsurgery.passes import Own, Step, rows_by_task, weighted_backward
 from agsurgery.report import SurgeryReport, detached_losses
 from agsurgery.reuse import Reuse
+from agsurgery.run import Run
 from agsurgery.sharding import any_sharded
 from agsurgery.stages import feature_surgery, lean_surgery, rows_through
 from agsurgery.standing import Standing
@@ -222,7 +223,7 @@ class Engine:
             detached = detached_losses(values)
             if council is not None:
                 detached = council.processes.mean_losses(detached)
-            run = _Run(step, detached)
+            run = Run(step, detached)
             if self._kind == "losses":
                 self._pass_once(run, self._solve(run, run.unknown()))
             elif level == "features":
@@ -232,7 +233,7 @@ class Engine:
             self.report = run.report(self._partition_names(step))
         return self.report
 
-    def _at_parameters(self, run: _Run, border: set[Any] | None, collected: bool) -> None:
+    def _at_parameters(self, run: Run, border: set[Any] | None, collected: bool) -> None:
         """Surgery on the gradients of the shared parameters."""
         step = run.step
         active = step.active
@@ -273,7 +274,7 @@ class Engine:
         if run.solution is not None:
             self._reuse.keep(step.tasks, active, run.solution)
 
-    def _combine_rows(self, run: _Run) -> None:
+    def _combine_rows(self, run: Run) -> None:
         """Deliver the update of the stored rows."""
         tasks = len(run.tasks)
         gramian = self._rows.gramian(tasks, run.losses.device)
@@ -284,7 +285,7 @@ class Engine:
         else:
             self._rows.deliver(self._solve(run, gramian).weights)
 
-    def _at_features(self, run: _Run, border: set[Any]) -> None:
+    def _at_features(self, run: Run, border: set[Any]) -> None:
         """Surgery on the gradients at the features."""
         if isinstance(self.method, RowMethod):
             method: RowMethod | None = self.method
@@ -311,7 +312,7 @@ class Engine:
         if step.outbox is not None and step.agreement is not None:
             step.outbox.send(step.agreement.reached)
 
-    def _pass_once(self, run: _Run, solution: Solution) -> None:
+    def _pass_once(self, run: Run, solution: Solution) -> None:
         """One backward pass of the weighted losses."""
         run.solution = solution
         step, council, own = run.step, self._council, self.heads == "own"
@@ -438,7 +439,7 @@ class Engine:
             losses = detached_losses([unknown if x is None else x for x in collector.losses])
             if council is not None:
                 losses = council.processes.mean_losses(losses)
-            run = _Run(None, losses, tuple(collector.tasks), loss_scale)
+            run = Run(None, losses, tuple(collector.tasks), loss_scale)
             blocks = self._partition.blocks(parameters, groups)
             if council is not None and council.processes.averaging:
                 run.outbox = Outbox(council.processes)
@@ -482,22 +483,22 @@ class Engine:
 
     # -- parts ----------------------------------------------------------------------------------------
 
-    def _solve(self, run: _Run, gramian: Tensor) -> Solution:
+    def _solve(self, run: Run, gramian: Tensor) -> Solution:
         if self._council is not None:
             self._council.check_alike(gramian)
         run.gramian = gramian
         run.solution = solve(self.method, gramian, run.losses.to(gramian), run.tasks)
         return run.solution
 
-    def _weigher(self, run: _Run) -> Any:
+    def _weigher(self, run: Run) -> Any:
         return lambda gramian: self._solve(run, gramian).weights
 
-    def _no_weights(self, run: _Run, gramian: Tensor) -> None:
+    def _no_weights(self, run: Run, gramian: Tensor) -> None:
         run.gramian = gramian
         blank = gramian.new_full((len(run.tasks),), torch.nan)
         run.solution = Solution(blank, gramian.new_ones(()))
 
-    def _deliver_own(self, own: Own, run: _Run) -> None:
+    def _deliver_own(self, own: Own, run: Run) -> None:
         assert run.solution is not None
         for task, gradients in enumerate(own):
             factor = None if self.heads == "own" else run.solution.weights.select(-1, task)
@@ -531,45 +532,6 @@ class Engine:
                 'sharded parameters and `engine="accumulate"` do not allow. Leave them out, or call '
                 "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
             )
-
-
-class _Run:
-    """What is found on the way through one step."""
-
-    def __init__(
-        self,
-        step: Step | None,
-        losses: Tensor,
-        tasks: tuple[str, ...] = (),
-        loss_scale: Tensor | None = None,
-    ) -> None:
-        self._step = step
-        self.losses = losses
-        self.tasks = tasks if step is None else step.tasks
-        self._loss_scale = loss_scale if step is None else step.loss_scale
-        self.gramian: Tensor | None = None
-        self.solution: Solution | None = None
-        self.outbox = None if step is None else step.outbox
-
-    @property
-    def step(self) -> Step:
-        assert self._step is not None
-        return self._step
-
-    def unknown(self) -> Tensor:
-        """The Gramian of gradients that nobody computed."""
-        shape = (len(self.tasks), len(self.tasks))
-        device = self.losses.device
-        return torch.full(shape, torch.nan, dtype=solver_dtype(device), device=device)
-
-    def report(self, blocks: tuple[str, ...] | None) -> SurgeryReport:
-        assert self.gramian is not None
-        assert self.solution is not None
-        gramian = self.gramian
-        if self._loss_scale is not None:
-            gramian = gramian / self._loss_scale.to(gramian).square()
-        weights, scale = self.solution
-        return SurgeryReport(self.tasks, self.losses, gramian, weights, scale, blocks)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[object]:

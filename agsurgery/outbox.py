@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from agsurgery.bucket import gradient_dtype
 from agsurgery.distributed import Processes
-from agsurgery.jacobian import deliver_own, gradient_dtype
+from agsurgery.jacobian import deliver_own
 from agsurgery.sharding import local, placement_of, rewrapped
 
 

@@ -6,7 +6,6 @@ import copy
 import pickle
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -397,29 +396,6 @@ def check_tasks_one_by_one_equal_one_process(rank, world):
         torch.testing.assert_close(pair.optimizer.report.gramian, pair.reference.report.gramian)
     for mine, other in zip(pair.net.parameters(), pair.single.parameters(), strict=True):
         torch.testing.assert_close(mine, other)
-
-
-def check_micro_batches_equal_one_process_with_the_whole_batch(rank, world):
-    for exchange in ("reduce_scatter", "all_reduce"):
-        for accumulation in ("gradients", "tasks"):
-            pair = Pair(rank, lambda: PCGrad(seed=4), exchange=exchange)
-            pair.optimizer.engine.options = replace(
-                pair.optimizer.engine.options, accumulation=accumulation
-            )
-            for step in range(3):
-                pair.single_step(step)
-                pair.optimizer.zero_grad()
-                halves = batches(step)[rank].split(2)
-                for i, half in enumerate(halves):
-                    losses = {t: loss / 2 for t, loss in losses_of(pair.model(half)).items()}
-                    later = accumulation == "gradients" and i < len(halves) - 1
-                    pair.optimizer.backward(losses, combine=not later)
-                pair.optimizer.step()
-                found, expected = pair.optimizer.report, pair.reference.report
-                torch.testing.assert_close(found.gramian, expected.gramian)
-                torch.testing.assert_close(found.losses, expected.losses)
-            for mine, other in zip(pair.net.parameters(), pair.single.parameters(), strict=True):
-                torch.testing.assert_close(mine, other)
 
 
 class Whole(nn.Module):

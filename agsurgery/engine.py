@@ -201,24 +201,24 @@ class Engine:
         )
         if not ordinary:
             check_hooks(step.leaves() if parameters is None else parameters)
+        # Task gradients that are held are compared when they are combined, unless a backward pass exchanges something.
+        if council is not None and (council.processes.sharded or not gathering):
+            step = seen_together(
+                step,
+                council,
+                shared=self._named(),
+                border=border,
+                collects=gathering or collected or self.options.engine == "accumulate",
+                ordinary=once_more,
+                choices=(*self._choices(step), level, combine),
+            )
         if gathering:
             assert parameters is not None
             self._gather(step, border, collected, hold=not combine)
             if not combine:
                 return None
             return self._combine_gathered(parameters, groups, loss_scale, council)
-        device = values[0].device
-        if council is not None:
-            device = council.processes.device
-            step = seen_together(
-                step,
-                council,
-                shared=self._named(),
-                border=border,
-                collects=collected or self.options.engine == "accumulate",
-                ordinary=once_more,
-                choices=(*self._choices(step), level),
-            )
+        device = values[0].device if council is None else council.processes.device
         with torch.no_grad(), full_precision(device):
             detached = detached_losses(values)
             if council is not None:

@@ -194,6 +194,26 @@ def check_tasks_one_by_one_equal_one_process(rank, world):
             torch.testing.assert_close(whole(mine), other)
 
 
+def check_micro_batches_equal_one_process(rank, world):
+    for options in ({}, {"accumulation": "tasks"}):
+        single, net = Net(), sharded(Net())
+        optimizer = optimizer_of(net, AGS(), fsdp_model=net, **options)
+        reference = optimizer_of(single, AGS())
+        for step in range(2):
+            optimizer.zero_grad()
+            halves = own(rank)(step).split(2)
+            for i, half in enumerate(halves):
+                losses = {t: loss / 2 for t, loss in losses_of(net(half)).items()}
+                optimizer.backward(losses, combine=bool(options) or i == len(halves) - 1)
+            optimizer.step()
+            reference.zero_grad()
+            with alone():
+                reference.backward(losses_of(single(torch.cat(batches(step)))))
+            reference.step()
+            for mine, other in zip(net.parameters(), single.parameters(), strict=True):
+                torch.testing.assert_close(whole(mine), other)
+
+
 def check_what_differentiates_parts_of_the_graph_is_refused(rank, world):
     net = sharded(Net())
     losses = losses_of(net(own(rank)(0)))
@@ -287,8 +307,9 @@ def check_different_tasks_are_an_error_in_all_processes(rank, world):
         )
     if rank:
         losses["b"] = torch.zeros(())
-    with pytest.raises(ValueError, match=r"0 \* loss"):
-        optimizer_of(net, AGS()).backward(losses)
+    for combine in (True, False):
+        with pytest.raises(ValueError, match=r"0 \* loss"):
+            optimizer_of(net, AGS()).backward(losses, combine=combine)
 
 
 # -- checkpoints -----------------------------------------------------------------------------------

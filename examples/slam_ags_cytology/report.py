@@ -38,6 +38,8 @@ _CELL_NAMES = {
     "precision_at_k": "Precision at K",
     "r_precision": "R-precision",
     "enrichment": "Enrichment",
+    "cell_auroc": "AUROC",
+    "enrichment_at_k": "Enrichment at K",
     "first_positive": "First abnormal cell, rank",
 }
 
@@ -263,7 +265,7 @@ def _cell_table(
 ) -> dict[str, Any]:
     chance = summary["splits"][split]
     # At K = m recall, precision and R-precision are the same figure.
-    same = () if summary["top_k"] else ("precision_at_k", "r_precision")
+    same: tuple[str, ...] = ()
     names = [name for name in _CELL_NAMES if name not in same]
     return {
         "heads": [_CELL_NAMES[name] for name in names],

@@ -18,7 +18,15 @@ import pandas as pd
 from .errors import UserError
 from .files import replacing, write_text
 from .manifest import SPLITS
-from .metrics import BAG_METRICS, RANKINGS, RETRIEVAL_METRICS, bag_metrics, interval, retrieval
+from .metrics import (
+    BAG_METRICS,
+    RANKINGS,
+    RETRIEVAL_METRICS,
+    SEEDLESS,
+    bag_metrics,
+    interval,
+    retrieval,
+)
 from .results import find_arms, read_result, read_status, seed_folders
 
 __all__ = ["EvaluateConfig", "check_top_k", "evaluate", "measure_arm"]
@@ -160,9 +168,9 @@ def _summarise(config: EvaluateConfig, arms: Sequence[str], table: pd.DataFrame)
 
 
 def _intervals(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Mean and interval of each column. The distance ignores the seed: its rows are one repetition."""
+    """Mean and interval of each column. Where the seed plays no part, its rows are one repetition."""
     return {
-        name: interval(rows[name].tolist()[: 1 if name.endswith("_distance") else None])
+        name: interval(rows[name].tolist()[: 1 if name.endswith(SEEDLESS) else None])
         for name in names
     }
 

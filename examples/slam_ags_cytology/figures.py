@@ -37,6 +37,7 @@ COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#5
 RANKING_NAMES = {
     "attention": "Attention",
     "instance_score": "Cell score",
+    "slide_label": "Slide label per cell",
     "distance": "Distance to normal",
 }
 
@@ -87,9 +88,9 @@ def overview(summary: dict[str, Any], split: str, arms: list[dict[str, Any]]) ->
     chance = summary["splits"][split]["average_precision_random"]
     if chance is None:
         return None
-    marks = dict(zip(RANKINGS, ("o", "s", "D"), strict=True))
+    marks = dict(zip(RANKINGS, ("o", "s", "^", "D"), strict=True))
     with rc_context({"svg.hashsalt": "report", "svg.fonttype": "none"}):
-        figure, axes = _figure(5.6, 0.9 + 0.45 * len(arms))
+        figure, axes = _figure(6.4, 0.9 + 0.55 * len(arms))
         axes.axvline(chance, color="#666", linestyle="--", linewidth=1, label="chance")
         for i, key in enumerate(RANKINGS):
             for arm in arms:
@@ -97,7 +98,7 @@ def overview(summary: dict[str, Any], split: str, arms: list[dict[str, Any]]) ->
                 half = 0.0 if found["low"] is None else found["mean"] - found["low"]
                 axes.errorbar(
                     found["mean"],
-                    arm["index"] + 0.22 * (i - 1),
+                    arm["index"] + 0.18 * (i - 1.5),
                     xerr=half or None,
                     fmt=marks[key],
                     color=arm["colour"],
@@ -115,7 +116,7 @@ def overview(summary: dict[str, Any], split: str, arms: list[dict[str, Any]]) ->
         axes.set_ylim(len(arms) - 0.5, -0.5)
         axes.set_xlim(0, 1.02)
         axes.set_xlabel("average precision", fontsize=9)
-        figure.legend(loc="outside upper center", ncols=4, fontsize=9, frameon=False)
+        figure.legend(loc="outside upper center", ncols=5, fontsize=9, frameon=False)
         return _svg(figure, "overview")
 
 

@@ -19,14 +19,18 @@ __all__ = [
     "BAG_METRICS",
     "RANKINGS",
     "RETRIEVAL_METRICS",
+    "SEEDLESS",
     "bag_metrics",
     "choose_threshold",
     "interval",
     "retrieval",
 ]
 
-RANKINGS = ("attention", "instance_score", "distance")
+RANKINGS = ("attention", "instance_score", "slide_label", "distance")
 """Scores that order the cells of a bag, the most suspicious first."""
+
+SEEDLESS = ("slide_label", "distance")
+"""Those that are the same for all seeds of the MIL training: their seeds are one repetition."""
 
 RETRIEVAL_METRICS = (
     "average_precision",

@@ -1,11 +1,13 @@
 """Slide labels from bags of embedded cells: attention MIL, trained once per arm and seed.
 
-Three scores rank the cells of a bag. None of them sees the label of a cell.
+Four scores rank the cells of a bag. None of them sees the label of a cell.
 
 - `attention`: the weight of the cell in the bag's embedding (Ilse et al. 2018, eq. 9). High
   attention means "decides about the bag", which need not mean "abnormal": nothing in the loss
   prevents a network from attending to normal cells.
 - `instance_score`: the logit of a bag that holds this cell only. Oriented, as the classifier is.
+- `slide_label`: the log-odds of a linear model in which every train cell has the label of its
+  slide (`single.py`). The same for all seeds.
 - `distance`: how far the cell lies from the train cells of slide-negative bags, which are all
   normal. Needs no network, and is the same for all seeds.
 
@@ -40,6 +42,7 @@ from .files import replacing
 from .metrics import choose_threshold
 from .prototypes import PrototypeAttention, Terms, first_prototypes
 from .results import find_arms, read_fingerprint
+from .single import SlideLabels
 
 __all__ = ["MilConfig", "mil", "train_mil"]
 
@@ -246,6 +249,8 @@ class _Prepared:
         normal = np.concatenate([scaled[i] for i in negative])
         self.normal = NormalCells(normal, config.distance)
         self.distances = [self.normal.distance(x) for x in scaled]
+        self.slides = SlideLabels(bags, scaled)
+        self.log_odds = [self.slides.score(x) for x in scaled]
         self.scaled_train = np.concatenate(
             [x for x, bag in zip(scaled, bags, strict=True) if bag.split == "train"]
         )
@@ -299,6 +304,8 @@ def _run_seed(
         "hidden": config.hidden,
         "threshold": threshold,
         "epoch": int(log["epoch"][log["val_loss"].idxmin()]),
+        "slide_weights": torch.from_numpy(ready.slides.weights),
+        "slide_bias": ready.slides.bias,
         "normal_centre": torch.from_numpy(ready.normal.centre),
     }
     if ready.normal.precision is not None:
@@ -437,11 +444,12 @@ def _instances(ready: _Prepared, scored: list[tuple[float, Tensor, Tensor]]) -> 
                 "class_name": bag.class_name,
                 "attention": weights.numpy(),
                 "instance_score": alone.numpy(),
+                "slide_label": odds,
                 "distance": distance,
             }
         )
-        for bag, (_, weights, alone), distance in zip(
-            ready.bags, scored, ready.distances, strict=True
+        for bag, (_, weights, alone), odds, distance in zip(
+            ready.bags, scored, ready.log_odds, ready.distances, strict=True
         )
     ]
     table: pd.DataFrame = pd.concat(parts, ignore_index=True)

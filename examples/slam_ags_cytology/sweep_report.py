@@ -24,7 +24,6 @@ _FIGURES = {
         f"average_precision_{key}": f"Average precision, {RANKING_NAMES[key].lower()}"
         for key in RANKINGS
     },
-    "enrichment_instance_score": "Enrichment at m, cell score",
 }
 _COMPARED = {
     "bag_auroc": "AUROC of slides",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from .metrics import BAG_METRICS, RANKINGS, RETRIEVAL_METRICS, interval
+from .metrics import BAG_METRICS, RANKINGS, RETRIEVAL_METRICS, SEEDLESS, interval
 
 __all__ = ["measured", "summarise", "sweep_table", "sweep_text"]
 
@@ -105,8 +105,8 @@ def _by_draw(rows: pd.DataFrame, names: Sequence[str]) -> pd.DataFrame:
 def _spread(mine: pd.DataFrame, by_draw: pd.DataFrame, name: str) -> dict[str, Any]:
     if len(by_draw) > 1:
         return interval(by_draw[name].tolist())
-    # The distance ignores the seed: its rows are one repetition.
-    return interval(mine[name].tolist()[: 1 if name.endswith("_distance") else None])
+    # Where the seed plays no part, its rows are one repetition.
+    return interval(mine[name].tolist()[: 1 if name.endswith(SEEDLESS) else None])
 
 
 def _default_ranking(val: pd.DataFrame) -> str:

@@ -185,8 +185,8 @@ def write_results(out, arm="ags", seed=0, truth=True, fingerprint="f", bags=("n"
             rows.append((bag, split, i, 0.3 + 0.4 * i, 0.5))
             for j in range(4):
                 label = int(j == 0 and i == 1) if truth else -1
-                # attention finds it last, instance_score first, distance cannot tell
-                scores = (j / 6, 1.0 - j, 7.0) if value is None else (value,) * 3
+                # attention finds it last, instance_score first, the others cannot tell
+                scores = (j / 6, 1.0 - j, 7.0, 7.0) if value is None else (value,) * 4
                 cells.append((bag, split, i, f"cells/{bag}{j}.png", label, "NA", *scores))
     columns = ["bag", "split", "label", "probability", "threshold"]
     pd.DataFrame(rows, columns=columns).to_csv(folder / "bags.csv", index=False)
@@ -227,13 +227,14 @@ def test_every_arm_seed_and_split_has_a_row_with_chance_beside_it(tmp_path):
     assert summary["default_ranking"] == "instance_score"
 
 
-def test_the_distance_has_no_interval_as_it_ignores_the_seed(tmp_path):
+def test_rankings_that_ignore_the_seed_have_no_interval(tmp_path):
     for seed in (0, 1, 2):
         write_results(tmp_path, seed=seed)
     evaluate(EvaluateConfig(tmp_path))
-    found = read(tmp_path)[0]["arms"]["ags"]["metrics"]["test"]["average_precision_distance"]
-    assert found["low"] is None
-    assert found["n"] == 1
+    found = read(tmp_path)[0]["arms"]["ags"]["metrics"]["test"]
+    repetitions = {key: found[f"average_precision_{key}"]["n"] for key in RANKINGS}
+    assert repetitions == {"attention": 3, "instance_score": 3, "slide_label": 1, "distance": 1}
+    assert found["average_precision_distance"]["low"] is None
 
 
 def test_a_collapsed_arm_is_marked_in_the_summary_and_in_print(tmp_path, capsys):

@@ -6,15 +6,17 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from examples.slam_ags_cytology.attention import GatedAttention, NormalCells
 from examples.slam_ags_cytology.embeddings import Bag, bag_path, write_bag
 from examples.slam_ags_cytology.errors import UserError
-from examples.slam_ags_cytology.metrics import choose_threshold
+from examples.slam_ags_cytology.metrics import RANKINGS, choose_threshold
 from examples.slam_ags_cytology.mil import MilConfig, mil, train_mil
 from examples.slam_ags_cytology.prototypes import Terms
 from examples.slam_ags_cytology.results import read_fingerprint
+from examples.slam_ags_cytology.single import SlideLabels
 
 FAST = {"epochs": 12, "patience": 10, "lr": 4e-3, "hidden": 32}
 
@@ -80,7 +82,7 @@ def test_a_planted_shift_at_ten_percent_is_learnt(planted, seed):
     bags, instances = results(planted, seed=seed)
     assert auroc_on_test(bags) > 0.9
     cells = instances[(instances["split"] == "test") & (instances["label"] == 1)]
-    for score in ("instance_score", "distance"):
+    for score in ("instance_score", "slide_label", "distance"):
         found = [
             average_precision_score(bag["instance_label"], bag[score])
             for _, bag in cells.groupby("bag")
@@ -95,7 +97,7 @@ def test_noise_is_not_learnt(tmp_path):
     bags, instances = results(tmp_path)
     assert 0.25 < auroc_on_test(bags) < 0.75
     cells = instances[(instances["split"] == "test") & (instances["label"] == 1)]
-    for score in ("attention", "instance_score", "distance"):
+    for score in ("attention", "instance_score", "slide_label", "distance"):
         assert abs(roc_auc_score(cells["instance_label"], cells[score]) - 0.5) < 0.15, score
 
 
@@ -104,7 +106,7 @@ def test_attention_of_a_bag_sums_to_one_and_all_columns_are_there(planted):
     assert list(bags) == ["bag", "split", "label", "probability", "threshold"]
     assert list(instances) == [
         *("bag", "split", "label", "path", "instance_label", "class_name"),
-        *("attention", "instance_score", "distance"),
+        *("attention", "instance_score", "slide_label", "distance"),
     ]
     np.testing.assert_allclose(instances.groupby("bag")["attention"].sum(), 1, rtol=1e-6)
     assert set(instances["split"]) == {"train", "val", "test"}
@@ -157,7 +159,7 @@ def test_a_linear_change_of_units_changes_nothing(tmp_path):
     write_all(tmp_path, scaled, "b")
     mil(MilConfig(tmp_path, seeds=(0,), epochs=3))
     a, b = results(tmp_path, "a")[1], results(tmp_path, "b")[1]
-    for score in ("attention", "instance_score", "distance"):
+    for score in ("attention", "instance_score", "slide_label", "distance"):
         np.testing.assert_allclose(a[score], b[score], rtol=2e-2, atol=2e-2)
 
 
@@ -169,8 +171,8 @@ def test_constant_features_of_a_collapsed_encoder_give_finite_equal_scores(tmp_p
     write_all(tmp_path, bags)
     mil(MilConfig(tmp_path, seeds=(0,), epochs=3))
     bags_found, instances = results(tmp_path)
-    assert np.isfinite(instances[["attention", "instance_score", "distance"]]).all(axis=None)
-    assert instances["distance"].nunique() == 1
+    assert np.isfinite(instances[list(RANKINGS)]).all(axis=None)
+    assert instances["distance"].nunique() == instances["slide_label"].nunique() == 1
     assert bags_found["probability"].nunique() == 1
 
 
@@ -217,6 +219,46 @@ def test_more_dimensions_than_normal_cells_give_a_finite_distance():
     near = cells.distance(rng.normal(size=(5, 50)))
     assert np.isfinite(far).all()
     assert far.min() > near.max()
+
+
+# --- slide labels for cells -------------------------------------------------------------------------
+
+
+def test_slide_labels_of_cells_are_a_penalised_logistic_regression_chosen_on_validation():
+    bags = make_bags(shift=4.0, counts=(8, 6, 0))
+    train = np.concatenate([bag.features for bag in bags if bag.split == "train"]).astype(float)
+    scaled = [(bag.features - train.mean(0)) / train.std(0) for bag in bags]
+    model = SlideLabels(bags, scaled)
+    x = np.concatenate([s for s, bag in zip(scaled, bags, strict=True) if bag.split == "train"])
+    y = np.concatenate([[bag.label] * 40 for bag in bags if bag.split == "train"])
+    # At the optimum of sum of losses + |w|^2 / (2 C) the gradient is zero (labels are balanced here).
+    p = 1 / (1 + np.exp(-model.score(x)))
+    gradient = x.T @ (p - y) + model.weights / model.penalty
+    assert np.abs(gradient).max() < 1e-2 * np.abs(x.T @ (0.5 - y)).max()
+    assert abs((p - y).sum()) < 1e-2 * len(y)
+
+    def loss(penalty):
+        """Of validation cells, by another route."""
+        fit = LogisticRegression(C=penalty, max_iter=5000, tol=1e-8).fit(x, y)
+        parts = [
+            np.logaddexp(0, -(2 * bag.label - 1) * fit.decision_function(s))
+            for s, bag in zip(scaled, bags, strict=True)
+            if bag.split == "val"
+        ]
+        return np.concatenate(parts).mean()
+
+    assert model.penalty == min((1e-3, 1e-2, 1e-1), key=loss)
+
+
+def test_labels_of_cells_play_no_part_in_any_score(tmp_path):
+    bags = make_bags(counts=(4, 4, 2))
+    write_all(tmp_path, bags, "a")
+    blind = [dataclasses.replace(bag, instance_label=np.full(40, -1, np.int8)) for bag in bags]
+    write_all(tmp_path, blind, "b")
+    mil(MilConfig(tmp_path, seeds=(0,), epochs=2))
+    a, b = results(tmp_path, "a")[1], results(tmp_path, "b")[1]
+    for score in RANKINGS:
+        assert np.array_equal(a[score], b[score]), score
 
 
 # --- choice of epoch and threshold -----------------------------------------------------------------
@@ -296,7 +338,8 @@ def test_training_leaves_the_global_generator_alone_and_repeats_itself():
 def test_seeds_differ_and_the_distance_does_not(planted):
     (_, first), (_, second) = results(planted, seed=0), results(planted, seed=1)
     assert not np.allclose(first["instance_score"], second["instance_score"])
-    assert np.array_equal(first["distance"], second["distance"])
+    for score in ("distance", "slide_label"):
+        assert np.array_equal(first[score], second[score])
 
 
 # --- running again -----------------------------------------------------------------------------------

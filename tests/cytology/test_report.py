@@ -86,6 +86,7 @@ def make_run(out, arms=("ags", "sum"), seeds=(0, 1), truth=True):
             place = np.tile(np.arange(5.0), 6)
             frame["attention"] = (place + 1) / 15
             frame["instance_score"] = 2 - place
+            frame["slide_label"] = 2 - place
             frame["distance"] = 5 + place
             frame.to_csv(folder / "instances.csv", index=False)
             torch.save({"fingerprint": arm}, folder / "model.pt")
@@ -181,7 +182,7 @@ def test_a_collapsed_arm_raises_an_alarm_and_is_marked_wherever_it_appears(run):
     assert "sum (collapsed)" in text  # in the figure
     rows = re.findall(r"<tr[^>]*>.*?</tr>", text, re.DOTALL)
     of_sum = [row for row in rows if "</span>sum" in row]
-    assert len(of_sum) == 4  # three rankings and the bags
+    assert len(of_sum) == 5  # four rankings and the bags
     assert all('class="fallen"' in row and "badge" in row for row in of_sum)
     assert not any("fallen" in row for row in rows if "</span>ags" in row)
 

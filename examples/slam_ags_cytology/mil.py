@@ -6,8 +6,8 @@ Four scores rank the cells of a bag. None of them sees the label of a cell.
   attention means "decides about the bag", which need not mean "abnormal": nothing in the loss
   prevents a network from attending to normal cells.
 - `instance_score`: the logit of a bag that holds this cell only. Oriented, as the classifier is.
-- `slide_label`: the log-odds of a linear model in which every train cell has the label of its
-  slide (`single.py`). The same for all seeds.
+- `slide_label`: a linear discriminant in which every train cell has the label of its slide
+  (`single.py`). The same for all seeds.
 - `distance`: how far the cell lies from the train cells of slide-negative bags, which are all
   normal. Needs no network, and is the same for all seeds.
 
@@ -250,7 +250,7 @@ class _Prepared:
         self.normal = NormalCells(normal, config.distance)
         self.distances = [self.normal.distance(x) for x in scaled]
         self.slides = SlideLabels(bags, scaled)
-        self.log_odds = [self.slides.score(x) for x in scaled]
+        self.sides = [self.slides.score(x) for x in scaled]
         self.scaled_train = np.concatenate(
             [x for x, bag in zip(scaled, bags, strict=True) if bag.split == "train"]
         )
@@ -444,12 +444,12 @@ def _instances(ready: _Prepared, scored: list[tuple[float, Tensor, Tensor]]) -> 
                 "class_name": bag.class_name,
                 "attention": weights.numpy(),
                 "instance_score": alone.numpy(),
-                "slide_label": odds,
+                "slide_label": side,
                 "distance": distance,
             }
         )
-        for bag, (_, weights, alone), odds, distance in zip(
-            ready.bags, scored, ready.log_odds, ready.distances, strict=True
+        for bag, (_, weights, alone), side, distance in zip(
+            ready.bags, scored, ready.sides, ready.distances, strict=True
         )
     ]
     table: pd.DataFrame = pd.concat(parts, ignore_index=True)

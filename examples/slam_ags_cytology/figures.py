@@ -116,7 +116,7 @@ def overview(summary: dict[str, Any], split: str, arms: list[dict[str, Any]]) ->
         axes.set_ylim(len(arms) - 0.5, -0.5)
         axes.set_xlim(0, 1.02)
         axes.set_xlabel("average precision", fontsize=9)
-        figure.legend(loc="outside upper center", ncols=5, fontsize=9, frameon=False)
+        figure.legend(loc="outside upper center", ncols=3, fontsize=9, frameon=False)
         return _svg(figure, "overview")
 
 

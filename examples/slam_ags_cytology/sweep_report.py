@@ -98,7 +98,7 @@ def _facts(facts: dict[str, Any]) -> list[tuple[str, str]]:
     bags = ", ".join(f"{name} {2 * count}" for name, count in facts["bags"].items())
     return [
         ("Witness rates", ", ".join(f"{100 * rate:g} %" for rate in facts["witness_rates"])),
-        ("Draws, seeds", f"{facts['draws']} draws, {len(facts['mil_seeds'])} seeds each"),
+        ("Draws x seeds", f"{facts['draws']} x {len(facts['mil_seeds'])}"),
         ("Bags", bags),
         ("Cells per bag", f"{facts['bag_size']:,}"),
         ("Normal classes", ", ".join(facts["normal"])),

@@ -187,7 +187,7 @@ def test_a_part_that_fails_does_not_stop_the_rest_and_is_tried_again(tmp_path, c
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [cell["arm"] for cell in summary["cells"]] == ["random"]
     assert summary["facts"]["missing"] == 1
-    assert "1 parts of the grid are missing" in (tmp_path / "report.html").read_text()
+    assert "1 part of the grid is missing" in (tmp_path / "report.html").read_text()
     monkeypatch.undo()
     sweep(config)
     summary = json.loads((tmp_path / "summary.json").read_text())

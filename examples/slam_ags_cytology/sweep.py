@@ -20,6 +20,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -301,8 +302,12 @@ def _work(config: SweepConfig) -> dict[str, str]:
                 while queue and len(waiting) < workers:
                     unit = queue.pop(0)
                     for folder in _folders(config, unit):
-                        if not (folder / f"cells-{config.pretrain.patch}.json").exists():
-                            store = store or _all_cells(config, wanted)
+                        finished = _read(config, unit, folder) is not None
+                        if (
+                            not finished
+                            and not (folder / f"cells-{config.pretrain.patch}.json").exists()
+                        ):
+                            store = store or _all_cells(config, units)
                             manifest = read_manifest(folder / "manifest.csv", check_files=False)
                             share_store(store, manifest["path"], folder)
                     waiting[pool.submit(_do, config, unit)] = unit
@@ -310,6 +315,11 @@ def _work(config: SweepConfig) -> dict[str, str]:
                 for future in done:
                     unit = waiting.pop(future)
                     error = future.exception()
+                    if isinstance(error, BrokenProcessPool):
+                        raise UserError(
+                            f"A worker process died while it worked on {_name(unit)}: was the memory full? "
+                            "The same command continues; try it with fewer workers."
+                        )
                     if error is not None and not isinstance(error, Exception):
                         raise error
                     if error is not None:
@@ -324,7 +334,7 @@ def _work(config: SweepConfig) -> dict[str, str]:
 
 
 def _all_cells(config: SweepConfig, units: Sequence[Unit]) -> Any:
-    """One store with the cells of all runs that have work left, decoded once."""
+    """One store with the cells of all runs, decoded once, also when a sweep is continued."""
     paths: dict[str, None] = {}
     for folder in dict.fromkeys(f for unit in units for f in _folders(config, unit)):
         paths |= dict.fromkeys(read_manifest(folder / "manifest.csv", check_files=False)["path"])
@@ -343,11 +353,18 @@ def _resources(config: SweepConfig, units: int) -> tuple[int, list[str]]:
     """Number of processes, and the device of each."""
     device = config.pretrain.device
     gpus = torch.cuda.device_count() if device == "auto" and torch.cuda.is_available() else 0
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    workers = min(config.workers or gpus or cores or 1, units)
+    # A device that was named is one device, unless it is the processor.
+    many = _cores() if device in ("auto", "cpu") else 1
+    workers = min(config.workers or gpus or many, units)
     if gpus:
         return workers, [f"cuda:{i % gpus}" for i in range(workers)]
     return workers, [device] * workers
+
+
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 @contextlib.contextmanager
@@ -367,12 +384,11 @@ def _executor(workers: int, devices: list[str]) -> Iterator[Executor]:
     names = context.SimpleQueue()
     for device in devices:
         names.put(device)
-    cores = os.cpu_count() or 1
     with ProcessPoolExecutor(
         workers,
         mp_context=context,
         initializer=_begin_worker,
-        initargs=(names, max(1, cores // workers)),
+        initargs=(names, max(1, _cores() // workers)),
     ) as pool:
         yield pool
 

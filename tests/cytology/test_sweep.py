@@ -325,6 +325,9 @@ def test_a_gpu_each_or_a_core_each(monkeypatch, tmp_path, cells):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     assert module._resources(config, 100) == (3, ["cuda:0", "cuda:1", "cuda:2"])
     assert module._resources(config, 2)[0] == 2  # no more processes than work
+    pretrain = dataclasses.replace(config.pretrain, device="cuda:1")
+    named = dataclasses.replace(config, pretrain=pretrain)
+    assert module._resources(named, 100) == (1, ["cuda:1"])
     twice = dataclasses.replace(config, workers=4)
     assert module._resources(twice, 100)[1] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
 

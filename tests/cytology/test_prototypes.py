@@ -105,19 +105,6 @@ def test_each_term_of_the_loss_is_that_of_the_definition(label):
     torch.testing.assert_close(model.loss(x, target), expected)
 
 
-def test_each_class_takes_the_cells_of_its_own_row():
-    model = make_model(instance=0.5, instances=1)
-    x = torch.randn(9, D, dtype=torch.float64)
-    rows = by_hand(model, x)[0]
-    assert rows[0].argmax() != rows[1].argmax()  # else this test would show nothing
-    for label in (0, 1):
-        loss = model.loss(x, torch.tensor(float(label), dtype=torch.float64))
-        (grad,) = torch.autograd.grad(loss, model.by_cell[label].weight)
-        other = model.by_cell[1 - label].weight.grad
-        assert grad.abs().sum() > 0
-        assert other is None
-
-
 def test_the_order_of_prototypes_is_kept_when_all_scores_are_negative():
     model = make_model(prototype=0.1)
     with torch.no_grad():

@@ -16,6 +16,7 @@ from .mil import MilConfig, mil
 from .pretrain import PretrainConfig, pretrain
 from .report import ReportConfig, report
 from .run import RunConfig, run
+from .sweep import SweepConfig, sweep
 from .synthetic import SyntheticConfig, synthetic
 
 STEPS: dict[str, tuple[type, Any]] = {
@@ -27,6 +28,7 @@ STEPS: dict[str, tuple[type, Any]] = {
     "evaluate": (EvaluateConfig, evaluate),
     "report": (ReportConfig, report),
     "run": (RunConfig, run),
+    "sweep": (SweepConfig, sweep),
 }
 
 

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 from sklearn.covariance import LedoitWolf
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 __all__ = ["GatedAttention", "NormalCells"]
 
@@ -50,6 +51,20 @@ class GatedAttention(nn.Module):
         self.gate = nn.Linear(hidden, hidden // 2)
         self.weigh = nn.Linear(hidden // 2, 1)
         self.classify = nn.Linear(hidden, 1)
+
+    @property
+    def parts(self) -> dict[str, list[nn.Parameter]]:
+        """Parameters by the names under which they can be frozen."""
+        attention = (self.value, self.gate, self.weigh)
+        return {
+            "embed": list(self.embed.parameters()),
+            "attention": [p for module in attention for p in module.parameters()],
+            "classifier": list(self.classify.parameters()),
+        }
+
+    def loss(self, features: Tensor, target: Tensor) -> Tensor:
+        """Cross entropy of one bag, its label 0 or 1 as a float tensor ()."""
+        return F.binary_cross_entropy_with_logits(self(features)[0], target)
 
     def forward(self, features: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Logit of the bag (), attention (n,) that sums to one, logit of each cell alone (n,)."""

@@ -18,10 +18,18 @@ import pandas as pd
 from .errors import UserError
 from .files import replacing, write_text
 from .manifest import SPLITS
-from .metrics import BAG_METRICS, RANKINGS, RETRIEVAL_METRICS, bag_metrics, interval, retrieval
+from .metrics import (
+    BAG_METRICS,
+    RANKINGS,
+    RETRIEVAL_METRICS,
+    SEEDLESS,
+    bag_metrics,
+    interval,
+    retrieval,
+)
 from .results import find_arms, read_result, read_status, seed_folders
 
-__all__ = ["EvaluateConfig", "evaluate"]
+__all__ = ["EvaluateConfig", "check_top_k", "evaluate", "measure_arm"]
 
 
 @dataclass(frozen=True)
@@ -32,8 +40,9 @@ class EvaluateConfig:
     """Run folder; reads OUT/mil/ARM/seedK, writes OUT/evaluate."""
     arms: tuple[str, ...] = ()
     """Pretraining arms to compare. Empty: all that have results."""
-    top_k: int | None = None
-    """Cells of a bag that a reader looks at. None: as many as the bag has abnormal cells."""
+    top_k: int = 400
+    """Cells of a bag that a reader looks at, at most the whole bag. The paper: 400. Precision at K = number of
+    abnormal cells is always given as well (r_precision)."""
 
 
 def evaluate(config: EvaluateConfig) -> Path:
@@ -42,8 +51,7 @@ def evaluate(config: EvaluateConfig) -> Path:
     Raises:
         UserError: If results are missing, damaged, or were not made from the same bags.
     """
-    if config.top_k is not None and config.top_k < 1:
-        raise UserError(f"`top_k` must be at least 1. Got {config.top_k}. Leave it out for K = m.")
+    check_top_k(config.top_k)
     arms = find_arms(config.out / "mil", config.arms, "seed*/model.pt", "mil")
     rows: list[dict[str, Any]] = []
     bags_of: dict[str, pd.DataFrame] = {}
@@ -51,10 +59,7 @@ def evaluate(config: EvaluateConfig) -> Path:
         for seed, folder in seed_folders(config.out, arm):
             bags, instances = read_result(folder)
             bags_of[f"{arm}, seed {seed}"] = bags[["bag", "split", "label"]]
-            for split in [name for name in SPLITS if name in set(bags["split"])]:
-                parts = [frame[frame["split"] == split] for frame in (bags, instances)]
-                row = _measure(parts[0], parts[1], config.top_k)
-                rows.append({"arm": arm, "seed": seed, "split": split, **row})
+            rows += _of_seed(arm, seed, bags, instances, config.top_k)
     _check_same_bags(bags_of)
     table = pd.DataFrame(rows)
     summary = _summarise(config, arms, table)
@@ -65,6 +70,34 @@ def evaluate(config: EvaluateConfig) -> Path:
     write_text(folder / "summary.json", json.dumps(summary, indent=2, allow_nan=False) + "\n")
     print(_text(summary))
     return folder / "summary.json"
+
+
+def check_top_k(top_k: int) -> None:
+    """Refuse to look at no cell."""
+    if top_k < 1:
+        raise UserError(f"`top_k` must be at least 1. Got {top_k}. The paper looks at 400.")
+
+
+def measure_arm(
+    out: Path, arm: str, seeds: Sequence[int], top_k: int = EvaluateConfig.top_k
+) -> list[dict[str, Any]]:
+    """A row of figures for each seed and split of one arm of the run folder `out`."""
+    rows = []
+    for seed in seeds:
+        bags, instances = read_result(out / "mil" / arm / f"seed{seed}")
+        rows += _of_seed(arm, seed, bags, instances, top_k)
+    return rows
+
+
+def _of_seed(
+    arm: str, seed: int, bags: pd.DataFrame, instances: pd.DataFrame, top_k: int
+) -> list[dict[str, Any]]:
+    rows = []
+    for split in [name for name in SPLITS if name in set(bags["split"])]:
+        parts = [frame[frame["split"] == split] for frame in (bags, instances)]
+        row = _measure(parts[0], parts[1], top_k)
+        rows.append({"arm": arm, "seed": seed, "split": split, **row})
+    return rows
 
 
 def _check_same_bags(bags_of: dict[str, pd.DataFrame]) -> None:
@@ -81,7 +114,7 @@ def _check_same_bags(bags_of: dict[str, pd.DataFrame]) -> None:
             )
 
 
-def _measure(bags: pd.DataFrame, instances: pd.DataFrame, top_k: int | None) -> dict[str, float]:
+def _measure(bags: pd.DataFrame, instances: pd.DataFrame, top_k: int) -> dict[str, float]:
     """One row of figures for the bags of one split."""
     row: dict[str, float] = {"bags": len(bags), "positive_bags": int((bags["label"] == 1).sum())}
     searches = [
@@ -91,6 +124,7 @@ def _measure(bags: pd.DataFrame, instances: pd.DataFrame, top_k: int | None) -> 
     ]
     truth = [cells["instance_label"].to_numpy() for cells in searches]
     row["searched_bags"] = len(searches)  # positive bags in which every cell has a known label
+    row["capped_bags"] = sum(len(labels) < top_k for labels in truth)  # K is the whole bag
     row["witness_rate"] = float(np.mean([labels.mean() for labels in truth])) if truth else math.nan
     row |= bag_metrics(bags["label"], bags["probability"], bags["threshold"])
     for ranking in (*RANKINGS, "random"):
@@ -108,7 +142,8 @@ def _measure(bags: pd.DataFrame, instances: pd.DataFrame, top_k: int | None) -> 
 
 def _summarise(config: EvaluateConfig, arms: Sequence[str], table: pd.DataFrame) -> dict[str, Any]:
     measured = [*BAG_METRICS, *(f"{name}_{r}" for r in RANKINGS for name in RETRIEVAL_METRICS)]
-    constant = ["bags", "positive_bags", "searched_bags", "witness_rate", "bag_f1_all_positive"]
+    constant = ["bags", "positive_bags", "searched_bags", "capped_bags", "witness_rate"]
+    constant += ["bag_f1_all_positive"]
     constant += [f"{name}_random" for name in RETRIEVAL_METRICS]
     splits = [name for name in SPLITS if name in set(table["split"])]
     result: dict[str, Any] = {"top_k": config.top_k, "interval": 0.95, "arms": {}}
@@ -133,9 +168,9 @@ def _summarise(config: EvaluateConfig, arms: Sequence[str], table: pd.DataFrame)
 
 
 def _intervals(rows: pd.DataFrame, names: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """Mean and interval of each column. The distance ignores the seed: its rows are one repetition."""
+    """Mean and interval of each column. Where the seed plays no part, its rows are one repetition."""
     return {
-        name: interval(rows[name].tolist()[: 1 if name.endswith("_distance") else None])
+        name: interval(rows[name].tolist()[: 1 if name.endswith(SEEDLESS) else None])
         for name in names
     }
 

@@ -154,7 +154,7 @@ def _score_text(key: str, score: float, size: int) -> str:
     """Short text: attention as a multiple of what equal weights would give."""
     if key == "attention" and size:
         return f"×{score * size:.2g}"
-    return f"{score:+.2f}" if key == "instance_score" else f"{score:.3g}"
+    return f"{score:.3g}" if key == "distance" else f"{score:+.2f}"
 
 
 def _link(path: str, out: Path) -> str:

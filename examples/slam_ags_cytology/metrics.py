@@ -19,48 +19,57 @@ __all__ = [
     "BAG_METRICS",
     "RANKINGS",
     "RETRIEVAL_METRICS",
+    "SEEDLESS",
     "bag_metrics",
     "choose_threshold",
     "interval",
     "retrieval",
 ]
 
-RANKINGS = ("attention", "instance_score", "distance")
+RANKINGS = ("attention", "instance_score", "slide_label", "distance")
 """Scores that order the cells of a bag, the most suspicious first."""
 
+SEEDLESS = ("slide_label", "distance")
+"""Those that are the same for all seeds of the MIL training: their seeds are one repetition."""
+
 RETRIEVAL_METRICS = (
+    "average_precision",
+    "cell_auroc",
+    "r_precision",
+    "enrichment",
     "recall_at_k",
     "precision_at_k",
-    "r_precision",
-    "average_precision",
-    "enrichment",
+    "enrichment_at_k",
     "first_positive",
 )
 BAG_METRICS = ("bag_f1", "bag_auroc", "bag_balanced_accuracy", "bag_accuracy")
 
 
-def retrieval(scores: ArrayLike, labels: ArrayLike, top_k: int | None = None) -> dict[str, float]:
+def retrieval(scores: ArrayLike, labels: ArrayLike, top_k: int = 400) -> dict[str, float]:
     """Figures of merit of one ranked bag with n cells, m of them abnormal.
 
+    - average_precision: mean precision at the ranks of the abnormal cells.
+    - cell_auroc: probability that an abnormal cell is ranked before a normal one; NaN if m = n. It
+      flatters at low witness rates: 50 normal cells before each abnormal one of 1000 still give 0.95.
+    - r_precision: share of abnormal cells among the first m, which is also the recall there.
+    - enrichment: r_precision over the witness rate m/n; 1 is chance.
     - recall_at_k: share of the m abnormal cells among the first K = min(top_k, n).
     - precision_at_k: share of abnormal cells among the first K.
-    - r_precision: the same at K = m, where recall and precision are equal.
-    - average_precision: mean precision at the ranks of the abnormal cells.
-    - enrichment: precision_at_k over the witness rate m/n; 1 is chance.
+    - enrichment_at_k: precision_at_k over the witness rate; 1 where K is the whole bag.
     - first_positive: rank of the first abnormal cell, from 1.
 
     Args:
         scores: Score of each cell, (n,), high is suspicious. Equal scores count as a random order,
             and the result is the expectation over it: constant scores give the exact chance level.
         labels: 1 abnormal, 0 normal, (n,), both present or all 1.
-        top_k: Cells looked at. None: m.
+        top_k: Cells looked at, capped at the size of the bag. The published evaluation takes 400.
 
     Raises:
         ValueError: If shapes differ, a score is NaN, a label is unknown, or no cell is abnormal.
 
     Example:
-        >>> found = retrieval([0.9, 0.8, 0.7, 0.1], [1, 0, 1, 0])
-        >>> round(found["average_precision"], 4), found["r_precision"], found["first_positive"]
+        >>> found = retrieval([0.9, 0.8, 0.7, 0.1], [1, 0, 1, 0], top_k=3)
+        >>> round(found["average_precision"], 4), found["r_precision"], found["recall_at_k"]
         (0.8333, 0.5, 1.0)
         >>> retrieval([0, 0, 0, 0, 0], [1, 1, 0, 0, 0])["first_positive"]  # (n + 1) / (m + 1)
         2.0
@@ -76,24 +85,30 @@ def retrieval(scores: ArrayLike, labels: ArrayLike, top_k: int | None = None) ->
     def found(k: int) -> float:
         return float((hits * np.clip(k - before, 0, size) / size).sum())
 
-    k = positives if top_k is None else min(top_k, total)
+    k = min(top_k, total)
     first = int(np.argmax(hits > 0))
     # At place j of a group of g cells with p positives, a cell is positive with probability p/g,
     # and then (j-1)(p-1)/(g-1) of the cells before it in the group are expected to be.
     rank = np.arange(1, total + 1)
     g, p, s, h = (np.repeat(x, size) for x in (size, hits, before, hits_before))
     at_rank = p / g * (h + 1 + (rank - s - 1) * (p - 1) / np.maximum(g - 1, 1)) / rank
+    # Of the normal cells of its own group, an abnormal cell is ranked before half.
+    misses = size - hits
+    won = float((hits * (misses.sum() - np.cumsum(misses) + misses / 2)).sum())
+    pairs = positives * (total - positives)
     return {
+        "average_precision": float(at_rank.sum()) / positives,
+        "cell_auroc": won / pairs if pairs else math.nan,
+        "r_precision": found(positives) / positives,
+        "enrichment": found(positives) / positives * total / positives,
         "recall_at_k": found(k) / positives,
         "precision_at_k": found(k) / k,
-        "r_precision": found(positives) / positives,
-        "average_precision": float(at_rank.sum()) / positives,
-        "enrichment": found(k) / k * total / positives,
+        "enrichment_at_k": found(k) / k * total / positives,
         "first_positive": float(before[first] + (size[first] + 1) / (hits[first] + 1)),
     }
 
 
-def _check_ranking(score: np.ndarray, label: np.ndarray, top_k: int | None) -> None:
+def _check_ranking(score: np.ndarray, label: np.ndarray, top_k: int) -> None:
     if score.ndim != 1 or score.shape != label.shape:
         raise ValueError(
             f"`scores` and `labels` must be (n,). Got {score.shape} and {label.shape}. "
@@ -103,8 +118,8 @@ def _check_ranking(score: np.ndarray, label: np.ndarray, top_k: int | None) -> N
         raise ValueError(f"`scores` must be numbers. {int(np.isnan(score).sum())} are NaN.")
     if not np.isin(label, (0, 1)).all() or not label.any():
         raise ValueError("`labels` must be 0 or 1 with at least one 1. Leave out other bags.")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"`top_k` must be at least 1 or None. Got {top_k}.")
+    if top_k < 1:
+        raise ValueError(f"`top_k` must be at least 1. Got {top_k}.")
 
 
 def bag_metrics(

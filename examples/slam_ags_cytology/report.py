@@ -1,4 +1,4 @@
-"""One page for a cytologist and a statistician: OUT/report.html, and OUT/results.csv.
+"""One page for a cytologist and a statistician: OUT/report.html, with OUT/results.csv and OUT/results.json.
 
 The page is a single file without scripts: pictures and curves are inside it, nothing is loaded from
 elsewhere, and a content security policy says so to the browser. Text from outside (names of files,
@@ -16,29 +16,40 @@ from typing import Any
 import jinja2
 import pandas as pd
 
+from .colour import COLOUR
 from .errors import UserError
-from .figures import COLOURS, RANKING_NAMES, curves, overview
-from .files import replacing
+from .figures import COLOURS, MAP_CELLS, RANKING_NAMES, curves, maps, overview, spreads
+from .files import replacing, write_text
 from .galleries import Thumbnails, bags_to_show, dots, first_seed, normals, search
 from .manifest import read_manifest
 from .metrics import BAG_METRICS, RANKINGS, RETRIEVAL_METRICS
 from .results import seed_folders
 
-__all__ = ["ReportConfig", "report"]
+__all__ = [
+    "BAG_NAMES",
+    "CELL_NAMES",
+    "ReportConfig",
+    "digits",
+    "plain",
+    "report",
+    "spread",
+    "write_page",
+]
 
-_BAG_NAMES = {
+BAG_NAMES = {
     "bag_f1": "F1",
     "bag_auroc": "AUROC",
     "bag_balanced_accuracy": "Balanced accuracy",
     "bag_accuracy": "Accuracy",
 }
-_CELL_NAMES = {
+CELL_NAMES = {
     "average_precision": "Average precision",
+    "cell_auroc": "AUROC",
+    "r_precision": "Precision at m",
+    "enrichment": "Enrichment at m",
     "recall_at_k": "Recall at K",
     "precision_at_k": "Precision at K",
-    "r_precision": "R-precision",
-    "enrichment": "Enrichment",
-    "first_positive": "First abnormal cell, rank",
+    "first_positive": "Rank of the first",
 }
 
 
@@ -47,7 +58,7 @@ class ReportConfig:
     """Write the results as one page: OUT/report.html."""
 
     out: Path
-    """Run folder; reads the results of all steps, writes OUT/report.html and OUT/results.csv."""
+    """Run folder; reads the results of all steps, writes OUT/report.html, OUT/results.csv and OUT/results.json."""
     arms: tuple[str, ...] = ()
     """Pretraining arms to show. Empty: all that were evaluated."""
     bags: int = 4
@@ -87,12 +98,25 @@ def report(config: ReportConfig) -> Path:
         "cell_tables": {key: _cell_table(summary, split, arms, key) for key in RANKINGS},
         "overview": overview(summary, split, arms),
         "curves": curves(config.out, arms),
+        "spreads": spreads(config.out, arms, split),
+        "maps": maps(config.out, arms, split),
+        "map_cells": f"{MAP_CELLS:,}",
+        "colour": COLOUR in summary["arms"],
         "thumbs": thumbs,
         "n_shown": config.cells,
         "first_arm": _first_arm(arms, summary),
         "shared_cells": _shared_cells(config.out),
         "seeds": _range(len(seed_folders(config.out, arm["name"])) for arm in arms),
     }
+    with replacing(config.out / "results.csv") as part:
+        _results(summary, arms).to_csv(part, index=False, float_format="%.9g")
+    content = {"facts": dict(context["facts"]), **summary}
+    write_text(config.out / "results.json", json.dumps(content, indent=1, allow_nan=False) + "\n")
+    return write_page("report.html.j2", context, config.out / "report.html")
+
+
+def write_page(template: str, context: dict[str, Any], path: Path) -> Path:
+    """Fill in a template, with everything escaped that is not marked as safe."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent / "templates"),
         autoescape=True,
@@ -100,13 +124,11 @@ def report(config: ReportConfig) -> Path:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    page = environment.get_template("report.html.j2").render(context)
-    with replacing(config.out / "results.csv") as part:
-        _results(summary, arms).to_csv(part, index=False, float_format="%.9g")
-    with replacing(config.out / "report.html") as part:
+    page = environment.get_template(template).render(context)
+    with replacing(path) as part:
         # A file name may hold bytes that are no text; the page shows a mark in their place.
         part.write_text(page, encoding="utf-8", errors="replace")
-    return config.out / "report.html"
+    return path
 
 
 def _check(config: ReportConfig) -> None:
@@ -146,7 +168,8 @@ def _first_arm(arms: list[dict[str, Any]], summary: dict[str, Any]) -> int:
         found = summary["arms"][arm["name"]]["metrics"].get("val", {}).get(metric)
         value = None if found is None else found["mean"]
         merit = -1.0 if value is None else value
-        return (not arm["collapsed"], arm["name"] != "random", merit, -arm["index"])
+        trained = arm["name"] not in ("random", COLOUR)
+        return (not arm["collapsed"], trained, merit, -arm["index"])
 
     best: int = max(arms, key=merit)["index"]
     return best
@@ -228,20 +251,22 @@ def _settings(config: ReportConfig, arms: Sequence[str]) -> list[tuple[str, str]
     return found
 
 
-def _spread(figure: dict[str, Any], digits: int = 3) -> str:
+def spread(figure: dict[str, Any], places: int = 3) -> str:
+    """Mean and half the interval as text."""
     if figure["mean"] is None:
         return "–"
-    text = f"{figure['mean']:.{digits}f}"
-    return (
-        text if figure["low"] is None else f"{text} ± {figure['mean'] - figure['low']:.{digits}f}"
-    )
+    text = f"{figure['mean']:.{places}f}"
+    half = "" if figure["low"] is None else f" ± {figure['mean'] - figure['low']:.{places}f}"
+    return text + half
 
 
-def _plain(value: float | None, digits: int = 3) -> str:
-    return "–" if value is None else f"{value:.{digits}f}"
+def plain(value: float | None, places: int = 3) -> str:
+    """A number as text."""
+    return "–" if value is None else f"{value:.{places}f}"
 
 
-def _digits(metric: str) -> int:
+def digits(metric: str) -> int:
+    """Decimal places that a figure of merit deserves."""
     return 1 if metric.startswith(("first_positive", "enrichment")) else 3
 
 
@@ -249,10 +274,10 @@ def _bag_table(summary: dict[str, Any], split: str, arms: list[dict[str, Any]]) 
     chance = summary["splits"][split]
     always = chance["bag_f1_all_positive"]
     return {
-        "heads": [_BAG_NAMES[name] for name in BAG_METRICS],
-        "chance": [_plain(always), "0.500", "0.500", "–"],
+        "heads": [BAG_NAMES[name] for name in BAG_METRICS],
+        "chance": [plain(always), "0.500", "0.500", "–"],
         "rows": [
-            (arm, [_spread(summary["arms"][arm["name"]]["metrics"][split][m]) for m in BAG_METRICS])
+            (arm, [spread(summary["arms"][arm["name"]]["metrics"][split][m]) for m in BAG_METRICS])
             for arm in arms
         ],
     }
@@ -262,19 +287,17 @@ def _cell_table(
     summary: dict[str, Any], split: str, arms: list[dict[str, Any]], ranking: str
 ) -> dict[str, Any]:
     chance = summary["splits"][split]
-    # At K = m recall, precision and R-precision are the same figure.
-    same = () if summary["top_k"] else ("precision_at_k", "r_precision")
-    names = [name for name in _CELL_NAMES if name not in same]
+    names = list(CELL_NAMES)
     return {
-        "heads": [_CELL_NAMES[name] for name in names],
-        "chance": [_plain(chance[f"{name}_random"], _digits(name)) for name in names],
+        "heads": [CELL_NAMES[name] for name in names],
+        "chance": [plain(chance[f"{name}_random"], digits(name)) for name in names],
         "rows": [
             (
                 arm,
                 [
-                    _spread(
+                    spread(
                         summary["arms"][arm["name"]]["metrics"][split][f"{name}_{ranking}"],
-                        _digits(name),
+                        digits(name),
                     )
                     for name in names
                 ],

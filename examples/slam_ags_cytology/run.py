@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from .bags import BagsConfig, bags
+from .colour import COLOUR, colour
 from .embed import EmbedConfig, embed
 from .errors import UserError
 from .evaluate import EvaluateConfig, evaluate
@@ -29,8 +30,10 @@ class RunConfig:
 
     out: Path
     """Run folder. The report will be OUT/report.html."""
-    arms: tuple[str, ...] = ("random", "sum", "ags")
+    arms: tuple[str, ...] = ("random", "simclr", "sum", "ags")
     """Pretrainings to compare; see pretrain --help."""
+    colour: bool = True
+    """Add the arm `colour`: mean colours in place of an encoder, the baseline that every encoder must beat."""
     synthetic: SyntheticConfig = field(default_factory=lambda: SyntheticConfig(out=_HERE))
     """Synthetic cells, used when the bags options name neither cells nor slides."""
     bags: BagsConfig = field(default_factory=lambda: BagsConfig(out=_HERE))
@@ -69,9 +72,13 @@ def run(config: RunConfig) -> Path:
     for arm in config.arms:
         pretrain(replace(config.pretrain, out=out, arm=arm))
     embed(replace(config.embed, out=out, arms=config.arms))
-    mil(replace(config.mil, out=out, arms=config.arms))
-    evaluate(replace(config.evaluate, out=out, arms=config.arms))
-    return report(replace(config.report, out=out, arms=config.arms))
+    arms = config.arms
+    if config.colour:
+        colour(replace(config.embed, out=out), config.pretrain.patch)
+        arms = (*arms, COLOUR)
+    mil(replace(config.mil, out=out, arms=arms))
+    evaluate(replace(config.evaluate, out=out, arms=arms))
+    return report(replace(config.report, out=out, arms=arms))
 
 
 def _check(config: RunConfig) -> None:

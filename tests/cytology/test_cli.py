@@ -81,13 +81,13 @@ def test_a_run_ends_with_a_report_and_its_numbers(finished):
     assert re.search(r"data:image/\w+;base64,", page)
     with (finished / "results.csv").open(encoding="utf-8", newline="") as file:
         rows = [*csv.DictReader(file)]
-    assert {"random", "ags"} <= {row["arm"] for row in rows} <= {"random", "ags", "chance"}
+    assert {row["arm"] for row in rows} == {"random", "ags", "colour", "chance"}
     metrics = pd.read_csv(finished / "evaluate" / "metrics.csv")
-    assert set(metrics["arm"]) == {"random", "ags"}
+    assert set(metrics["arm"]) == {"random", "ags", "colour"}
     test = metrics[metrics["split"] == "test"]
-    assert test["precision_at_k_random"].tolist() == pytest.approx([0.2, 0.2])  # the witness rate
+    assert test["precision_at_k_random"].tolist() == pytest.approx([0.2] * 3)  # the witness rate
     summary = json.loads((finished / "evaluate" / "summary.json").read_text(encoding="utf-8"))
-    assert {*summary["arms"]} == {"random", "ags"}
+    assert {*summary["arms"]} == {"random", "ags", "colour"}
     recorded = json.loads((finished / "run.json").read_text(encoding="utf-8"))
     assert recorded["pretrain"]["patch"] == 32
 
@@ -150,9 +150,10 @@ OPTIONS = {
     "bags": ["--cells", "--slides", "--positive", "--witness-rate", "--bag-size", "--split-csv"],
     "pretrain": ["--arm", "--encoder", "--lr", "--similarity-share", "--statistics", "--device"],
     "embed": ["--arms", "--level", "--batch-size"],
-    "mil": ["--arms", "--seeds", "--epochs", "--distance"],
+    "mil": ["--arms", "--seeds", "--epochs", "--distance", "--aggregator", "--start", "--freeze"],
     "evaluate": ["--arms", "--top-k"],
     "report": ["--arms", "--bags", "--thumbnail"],
+    "sweep": ["--arms", "--witness-rates", "--draws", "--curriculum", "--workers", "--bags.cells"],
     "run": ["--arms", "--bags.cells", "--pretrain.epochs", "--mil.seeds", "--report.cells"],
 }
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from sklearn.metrics import average_precision_score
+from sklearn.metrics import average_precision_score, roc_auc_score
 
 from examples.slam_ags_cytology.errors import UserError
 from examples.slam_ags_cytology.evaluate import EvaluateConfig, evaluate
@@ -26,7 +26,7 @@ from examples.slam_ags_cytology.metrics import (
 def by_enumeration(scores, labels, top_k):
     """Mean of the plain figures over all orders that the scores allow: slow, and obvious."""
     n, m = len(labels), sum(labels)
-    k = m if top_k is None else min(top_k, n)
+    k = min(top_k, n)
     totals = []
     for order in itertools.permutations(range(n)):
         ranked = [scores[i] for i in order]
@@ -36,10 +36,14 @@ def by_enumeration(scores, labels, top_k):
         at = [i for i in range(n) if found[i]]
         totals.append(
             [
+                sum((j + 1) / (i + 1) for j, i in enumerate(at)) / m,
+                sum(not found[j] for i in at for j in range(i, n)) / (m * (n - m))
+                if m < n
+                else math.nan,
+                sum(found[:m]) / m,
+                sum(found[:m]) / m / (m / n),
                 sum(found[:k]) / m,
                 sum(found[:k]) / k,
-                sum(found[:m]) / m,
-                sum((j + 1) / (i + 1) for j, i in enumerate(at)) / m,
                 sum(found[:k]) / k / (m / n),
                 at[0] + 1,
             ]
@@ -50,14 +54,14 @@ def by_enumeration(scores, labels, top_k):
 @pytest.mark.parametrize(
     ("scores", "labels", "top_k", "expected"),
     [
-        # ranked 1 0 1 0, K = m = 2
-        ([4, 3, 2, 1], [1, 0, 1, 0], None, (1 / 2, 1 / 2, 1 / 2, 5 / 6, 1.0, 1)),
-        # ranked 0 0 1 1, K = 3
-        ([1, 2, 3, 4], [1, 1, 0, 0], 3, (1 / 2, 1 / 3, 0.0, 5 / 12, 2 / 3, 3)),
-        # the first reader looks at more cells than there are
-        ([1, 2, 3, 4], [1, 1, 0, 0], 400, (1.0, 1 / 2, 0.0, 5 / 12, 1.0, 3)),
+        # ranked 1 0 1 0
+        ([4, 3, 2, 1], [1, 0, 1, 0], 2, (5 / 6, 3 / 4, 1 / 2, 1.0, 1 / 2, 1 / 2, 1.0, 1)),
+        # ranked 0 0 1 1
+        ([1, 2, 3, 4], [1, 1, 0, 0], 3, (5 / 12, 0.0, 0.0, 0.0, 1 / 2, 1 / 3, 2 / 3, 3)),
+        # the reader looks at more cells than there are
+        ([1, 2, 3, 4], [1, 1, 0, 0], 400, (5 / 12, 0.0, 0.0, 0.0, 1.0, 1 / 2, 1.0, 3)),
         # perfect
-        ([9, 8, 1, 0, 0], [1, 1, 0, 0, 0], 1, (1 / 2, 1.0, 1.0, 1.0, 5 / 2, 1)),
+        ([9, 8, 1, 0, 0], [1, 1, 0, 0, 0], 1, (1.0, 1.0, 1.0, 5 / 2, 1 / 2, 1.0, 5 / 2, 1)),
     ],
 )
 def test_retrieval_of_small_bags_is_what_one_computes_by_hand(scores, labels, top_k, expected):
@@ -69,14 +73,14 @@ def test_retrieval_of_small_bags_is_what_one_computes_by_hand(scores, labels, to
 @settings(deadline=None, max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 1)), min_size=1, max_size=6),
-    st.none() | st.integers(1, 8),
+    st.integers(1, 8),
 )
 def test_ties_count_as_the_mean_over_all_orders(cells, top_k):
     scores, labels = [s for s, _ in cells], [y for _, y in cells]
     if not any(labels):
         labels[0] = 1
     expected = by_enumeration(scores, labels, top_k)
-    assert retrieval(scores, labels, top_k) == pytest.approx(expected)
+    assert retrieval(scores, labels, top_k) == pytest.approx(expected, nan_ok=True)
 
 
 @pytest.mark.parametrize(("n", "m"), [(5, 2), (7, 1), (6, 6), (100, 1), (1000, 5)])
@@ -89,7 +93,9 @@ def test_constant_scores_give_the_analytic_chance_level(n, m):
     slope = (m - 1) / (n - 1)
     assert found["recall_at_k"] == pytest.approx(k / n)
     assert found["precision_at_k"] == pytest.approx(m / n)
-    assert found["enrichment"] == pytest.approx(1)
+    assert found["enrichment"] == found["enrichment_at_k"] == pytest.approx(1)
+    assert found["cell_auroc"] == pytest.approx(0.5 if m < n else math.nan, nan_ok=True)
+    assert found["r_precision"] == pytest.approx(m / n)
     assert found["first_positive"] == pytest.approx((n + 1) / (m + 1))
     assert found["average_precision"] == pytest.approx((slope * (n - harmonic) + harmonic) / n)
 
@@ -102,21 +108,36 @@ def test_the_order_in_which_cells_are_stored_does_not_help():
 
 
 @pytest.mark.parametrize("seed", range(5))
-def test_average_precision_without_ties_is_that_of_scikit_learn(seed):
+def test_average_precision_and_auroc_are_those_of_scikit_learn(seed):
     rng = np.random.default_rng(seed)
     scores, labels = rng.normal(size=200), (rng.random(200) < 0.1).astype(int)
     expected = average_precision_score(labels, scores)
     assert retrieval(scores, labels)["average_precision"] == pytest.approx(expected, rel=1e-12)
+    tied = scores.round(1)  # scikit-learn gives half a pair for a tie as well
+    expected = roc_auc_score(labels, tied)
+    assert retrieval(tied, labels)["cell_auroc"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_chance_is_the_mean_over_simulated_random_orders():
+    labels = np.zeros(60, int)
+    labels[:4] = 1
+    rng = np.random.default_rng(0)
+    found = pd.DataFrame([retrieval(rng.random(60), labels, 15) for _ in range(4000)])
+    chance = retrieval(np.zeros(60), labels, 15)
+    error = found.std() / math.sqrt(len(found))
+    for name in RETRIEVAL_METRICS:  # a wrong formula is off by far more than four standard errors
+        assert abs(found[name].mean() - chance[name]) < 4 * error[name], name
+        assert error[name] < 0.05 * chance[name], name
 
 
 @pytest.mark.parametrize(
     ("scores", "labels", "top_k", "match"),
     [
-        ([1, math.nan], [1, 0], None, "1 are NaN"),
-        ([1, 2], [0, 0], None, "at least one 1"),
-        ([1, 2], [1, -1], None, "0 or 1"),
-        ([1, 2], [1], None, r"must be \(n,\)"),
-        ([[1, 2]], [[1, 0]], None, r"must be \(n,\)"),
+        ([1, math.nan], [1, 0], 1, "1 are NaN"),
+        ([1, 2], [0, 0], 1, "at least one 1"),
+        ([1, 2], [1, -1], 1, "0 or 1"),
+        ([1, 2], [1], 1, r"must be \(n,\)"),
+        ([[1, 2]], [[1, 0]], 1, r"must be \(n,\)"),
         ([1, 2], [1, 0], 0, "`top_k` must be at least 1"),
     ],
 )
@@ -164,8 +185,8 @@ def write_results(out, arm="ags", seed=0, truth=True, fingerprint="f", bags=("n"
             rows.append((bag, split, i, 0.3 + 0.4 * i, 0.5))
             for j in range(4):
                 label = int(j == 0 and i == 1) if truth else -1
-                # attention finds it last, instance_score first, distance cannot tell
-                scores = (j / 6, 1.0 - j, 7.0) if value is None else (value,) * 3
+                # attention finds it last, instance_score first, the others cannot tell
+                scores = (j / 6, 1.0 - j, 7.0, 7.0) if value is None else (value,) * 4
                 cells.append((bag, split, i, f"cells/{bag}{j}.png", label, "NA", *scores))
     columns = ["bag", "split", "label", "probability", "threshold"]
     pd.DataFrame(rows, columns=columns).to_csv(folder / "bags.csv", index=False)
@@ -197,7 +218,8 @@ def test_every_arm_seed_and_split_has_a_row_with_chance_beside_it(tmp_path):
     assert row["average_precision_instance_score"] == row["recall_at_k_instance_score"] == 1
     assert row["average_precision_distance"] == row["average_precision_random"]
     assert row["average_precision_random"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
-    assert row["precision_at_k_random"] == row["recall_at_k_random"] == row["witness_rate"] == 0.25
+    assert row["r_precision_random"] == row["precision_at_k_random"] == row["witness_rate"] == 0.25
+    assert row["recall_at_k_random"] == row["capped_bags"] == 1  # 400 cells are more than there are
     assert row["first_positive_random"] == 2.5
     assert row["enrichment_instance_score"] == 4
     found = summary["arms"]["ags"]["metrics"]["test"]["average_precision_attention"]
@@ -205,13 +227,14 @@ def test_every_arm_seed_and_split_has_a_row_with_chance_beside_it(tmp_path):
     assert summary["default_ranking"] == "instance_score"
 
 
-def test_the_distance_has_no_interval_as_it_ignores_the_seed(tmp_path):
+def test_rankings_that_ignore_the_seed_have_no_interval(tmp_path):
     for seed in (0, 1, 2):
         write_results(tmp_path, seed=seed)
     evaluate(EvaluateConfig(tmp_path))
-    found = read(tmp_path)[0]["arms"]["ags"]["metrics"]["test"]["average_precision_distance"]
-    assert found["low"] is None
-    assert found["n"] == 1
+    found = read(tmp_path)[0]["arms"]["ags"]["metrics"]["test"]
+    repetitions = {key: found[f"average_precision_{key}"]["n"] for key in RANKINGS}
+    assert repetitions == {"attention": 3, "instance_score": 3, "slide_label": 1, "distance": 1}
+    assert found["average_precision_distance"]["low"] is None
 
 
 def test_a_collapsed_arm_is_marked_in_the_summary_and_in_print(tmp_path, capsys):
@@ -256,10 +279,15 @@ def test_a_bag_with_some_unknown_cells_is_left_out_of_the_searches(tmp_path):
     assert metrics.set_index("split")["searched_bags"].to_dict() == {"val": 1, "test": 0}
 
 
-def test_top_k_beyond_the_bag_means_the_whole_bag(tmp_path):
+def test_top_k_is_capped_at_the_bag_and_both_ks_are_given(tmp_path):
     write_results(tmp_path)
-    evaluate(EvaluateConfig(tmp_path, top_k=400))
+    evaluate(EvaluateConfig(tmp_path, top_k=3))
     summary, metrics = read(tmp_path)
+    assert (metrics["recall_at_k_attention"] == 0).all()  # the abnormal cell is the last of four
+    assert summary["splits"]["test"]["capped_bags"] == 0
+    evaluate(EvaluateConfig(tmp_path))
+    summary, metrics = read(tmp_path)
+    assert summary["splits"]["test"]["capped_bags"] == 1
     assert (metrics["recall_at_k_attention"] == 1).all()
     assert (metrics["recall_at_k_random"] == 1).all()
     assert (metrics["r_precision_attention"] == 0).all()

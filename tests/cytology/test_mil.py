@@ -1,7 +1,6 @@
 """Gated attention, its training, and the three scores of cells."""
 
 import dataclasses
-import inspect
 
 import numpy as np
 import pandas as pd
@@ -12,9 +11,11 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 from examples.slam_ags_cytology.attention import GatedAttention, NormalCells
 from examples.slam_ags_cytology.embeddings import Bag, bag_path, write_bag
 from examples.slam_ags_cytology.errors import UserError
-from examples.slam_ags_cytology.metrics import choose_threshold
+from examples.slam_ags_cytology.metrics import RANKINGS, choose_threshold
 from examples.slam_ags_cytology.mil import MilConfig, mil, train_mil
+from examples.slam_ags_cytology.prototypes import Terms
 from examples.slam_ags_cytology.results import read_fingerprint
+from examples.slam_ags_cytology.single import SlideLabels
 
 FAST = {"epochs": 12, "patience": 10, "lr": 4e-3, "hidden": 32}
 
@@ -80,7 +81,7 @@ def test_a_planted_shift_at_ten_percent_is_learnt(planted, seed):
     bags, instances = results(planted, seed=seed)
     assert auroc_on_test(bags) > 0.9
     cells = instances[(instances["split"] == "test") & (instances["label"] == 1)]
-    for score in ("instance_score", "distance"):
+    for score in ("instance_score", "slide_label", "distance"):
         found = [
             average_precision_score(bag["instance_label"], bag[score])
             for _, bag in cells.groupby("bag")
@@ -95,7 +96,7 @@ def test_noise_is_not_learnt(tmp_path):
     bags, instances = results(tmp_path)
     assert 0.25 < auroc_on_test(bags) < 0.75
     cells = instances[(instances["split"] == "test") & (instances["label"] == 1)]
-    for score in ("attention", "instance_score", "distance"):
+    for score in ("attention", "instance_score", "slide_label", "distance"):
         assert abs(roc_auc_score(cells["instance_label"], cells[score]) - 0.5) < 0.15, score
 
 
@@ -104,7 +105,7 @@ def test_attention_of_a_bag_sums_to_one_and_all_columns_are_there(planted):
     assert list(bags) == ["bag", "split", "label", "probability", "threshold"]
     assert list(instances) == [
         *("bag", "split", "label", "path", "instance_label", "class_name"),
-        *("attention", "instance_score", "distance"),
+        *("attention", "instance_score", "slide_label", "distance"),
     ]
     np.testing.assert_allclose(instances.groupby("bag")["attention"].sum(), 1, rtol=1e-6)
     assert set(instances["split"]) == {"train", "val", "test"}
@@ -157,7 +158,7 @@ def test_a_linear_change_of_units_changes_nothing(tmp_path):
     write_all(tmp_path, scaled, "b")
     mil(MilConfig(tmp_path, seeds=(0,), epochs=3))
     a, b = results(tmp_path, "a")[1], results(tmp_path, "b")[1]
-    for score in ("attention", "instance_score", "distance"):
+    for score in ("attention", "instance_score", "slide_label", "distance"):
         np.testing.assert_allclose(a[score], b[score], rtol=2e-2, atol=2e-2)
 
 
@@ -169,8 +170,8 @@ def test_constant_features_of_a_collapsed_encoder_give_finite_equal_scores(tmp_p
     write_all(tmp_path, bags)
     mil(MilConfig(tmp_path, seeds=(0,), epochs=3))
     bags_found, instances = results(tmp_path)
-    assert np.isfinite(instances[["attention", "instance_score", "distance"]]).all(axis=None)
-    assert instances["distance"].nunique() == 1
+    assert np.isfinite(instances[list(RANKINGS)]).all(axis=None)
+    assert instances["distance"].nunique() == instances["slide_label"].nunique() == 1
     assert bags_found["probability"].nunique() == 1
 
 
@@ -219,6 +220,48 @@ def test_more_dimensions_than_normal_cells_give_a_finite_distance():
     assert far.min() > near.max()
 
 
+# --- slide labels for cells -------------------------------------------------------------------------
+
+
+def test_slide_labels_point_from_normal_to_abnormal_cells_in_units_of_their_spread():
+    # A tenth of the cells of positive bags is moved by `shift`; cells vary 20 times more along one axis than another.
+    rng = np.random.default_rng(0)
+    spread, shift = np.array([1.0, 20.0, 2.0]), np.array([2.0, 4.0, -1.0])
+    bags, scaled = [], []
+    for i in range(40):
+        x = spread * rng.normal(size=(500, 3))
+        x[:50] += shift * (i % 2)
+        paths = np.array([""] * 500, object)
+        bags.append(
+            Bag(f"b{i}", i % 2, "train", x.astype(np.float32), paths, np.zeros(500, np.int8), paths)
+        )
+        scaled.append(x)
+    found = SlideLabels(bags, scaled)
+    # The rate times the shift, and the spread within the groups, to which the mixture adds a little.
+    within = np.diag(spread**2) + 0.5 * 0.1 * 0.9 * np.outer(shift, shift)
+    expected = np.linalg.solve(within, 0.1 * shift)
+    cosine = found.weights @ expected / np.linalg.norm(found.weights) / np.linalg.norm(expected)
+    assert cosine > 0.99
+    assert np.linalg.norm(found.weights) == pytest.approx(np.linalg.norm(expected), rel=0.15)
+    middle = 0.05 * shift
+    assert abs(float(found.score(middle[None])[0])) < 0.02
+    # Other splits play no part.
+    bags[0] = dataclasses.replace(bags[0], split="test")
+    without = SlideLabels(bags, [x + 1e3 * (i == 0) for i, x in enumerate(scaled)])
+    np.testing.assert_allclose(without.weights, found.weights, rtol=0.2, atol=2e-3)
+
+
+def test_labels_of_cells_play_no_part_in_any_score(tmp_path):
+    bags = make_bags(counts=(4, 4, 2))
+    write_all(tmp_path, bags, "a")
+    blind = [dataclasses.replace(bag, instance_label=np.full(40, -1, np.int8)) for bag in bags]
+    write_all(tmp_path, blind, "b")
+    mil(MilConfig(tmp_path, seeds=(0,), epochs=2))
+    a, b = results(tmp_path, "a")[1], results(tmp_path, "b")[1]
+    for score in RANKINGS:
+        assert np.array_equal(a[score], b[score]), score
+
+
 # --- choice of epoch and threshold -----------------------------------------------------------------
 
 
@@ -243,7 +286,9 @@ def fit(train_bags, val_bags, **changes):
         for bags in (train_bags, val_bags)
     ]
     cells = torch.cat(parts[0][0])
-    model = GatedAttention(cells.mean(0), cells.std(0), config.hidden, config.dropout)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = GatedAttention(cells.mean(0), cells.std(0), config.hidden, config.dropout)
     return model, train_mil(model, *parts, config, seed=0), parts
 
 
@@ -287,14 +332,15 @@ def test_training_leaves_the_global_generator_alone_and_repeats_itself():
     second, again, _ = fit(split_of(bags, "train"), split_of(bags, "val"), epochs=2)
     pd.testing.assert_frame_equal(log, again)
     assert torch.equal(first.classify.weight, second.classify.weight)
-    assert "fork_rng" in inspect.getsource(train_mil)
+    assert torch.equal(torch.get_rng_state(), after)
     assert not torch.equal(before, after)
 
 
 def test_seeds_differ_and_the_distance_does_not(planted):
     (_, first), (_, second) = results(planted, seed=0), results(planted, seed=1)
     assert not np.allclose(first["instance_score"], second["instance_score"])
-    assert np.array_equal(first["distance"], second["distance"])
+    for score in ("distance", "slide_label"):
+        assert np.array_equal(first[score], second[score])
 
 
 # --- running again -----------------------------------------------------------------------------------
@@ -374,6 +420,15 @@ def test_mil_refuses_splits_without_both_labels(tmp_path, keep, match):
         ({"seeds": ()}, "`seeds`"),
         ({"seeds": (-1,)}, "`seeds`"),
         ({"distance": "cosine"}, "mahalanobis or euclidean"),
+        ({"aggregator": "mean"}, "`aggregator` must be abmil or pamil"),
+        ({"prototypes": 0}, "`prototypes` must be at least 1"),
+        ({"prototype_init": "zeros"}, "kmeans or normal"),
+        ({"terms": Terms(clustering=-1.0)}, "`terms` must be weights of 0 or more"),
+        ({"terms": Terms(instances=0)}, "instances at least 1"),
+        ({"freeze": ("trunk",), "aggregator": "pamil"}, "`freeze` must be some of prototypes"),
+        ({"freeze": ("prototypes",)}, "only the aggregator pamil has"),
+        ({"freeze": ("embed",)}, "must not hold random weights fixed. Without `start`, embed"),
+        ({"freeze_epochs": -1}, "`freeze_epochs`"),
         ({"arms": ("sum",)}, "results of sum. Found ags"),
         ({"device": "tpu9"}, "`device`"),
         ({"lr": 1e30}, "validation loss must be finite"),

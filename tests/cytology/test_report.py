@@ -11,6 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.slam_ags_cytology.embeddings import Bag, bag_path, write_bag
 from examples.slam_ags_cytology.errors import UserError
 from examples.slam_ags_cytology.evaluate import EvaluateConfig, evaluate
 from examples.slam_ags_cytology.report import ReportConfig, report
@@ -85,6 +86,7 @@ def make_run(out, arms=("ags", "sum"), seeds=(0, 1), truth=True):
             place = np.tile(np.arange(5.0), 6)
             frame["attention"] = (place + 1) / 15
             frame["instance_score"] = 2 - place
+            frame["slide_label"] = 2 - place
             frame["distance"] = 5 + place
             frame.to_csv(folder / "instances.csv", index=False)
             torch.save({"fingerprint": arm}, folder / "model.pt")
@@ -98,6 +100,27 @@ def make_run(out, arms=("ags", "sum"), seeds=(0, 1), truth=True):
         status = {"collapsed": False, "reason": "", "chance": 4.0}
         (folder / "status.json").write_text(json.dumps(status))
         (folder / "config.json").write_text(json.dumps({"config": {"arm": arm, "lr": 0.125}}))
+
+
+def embed(out, arm="ags", constant=False):
+    """Embeddings of the cells of the run, in which abnormal ones lie apart."""
+    rng = np.random.default_rng(0)
+    manifest = pd.read_csv(out / "manifest.csv")
+    for name, part in manifest.groupby("bag"):
+        truth = part["instance_label"].fillna(-1).to_numpy(np.int8)
+        features = rng.normal(size=(len(part), 6)) + 9 * (truth[:, None] == 1)
+        write_bag(
+            bag_path(out / "embed" / arm, name),
+            Bag(
+                name,
+                int(part["label"].iloc[0]),
+                part["split"].iloc[0],
+                (0 * features if constant else features).astype(np.float32),
+                part["path"].to_numpy(object),
+                truth,
+                part["class_name"].to_numpy(object),
+            ),
+        )
 
 
 def collapse(out, arm, reason="contrast stayed at chance"):
@@ -115,6 +138,8 @@ def make(out, **changes):
 @pytest.fixture
 def run(tmp_path):
     make_run(tmp_path)
+    for arm in ("ags", "sum"):
+        embed(tmp_path, arm)
     return tmp_path
 
 
@@ -157,7 +182,7 @@ def test_a_collapsed_arm_raises_an_alarm_and_is_marked_wherever_it_appears(run):
     assert "sum (collapsed)" in text  # in the figure
     rows = re.findall(r"<tr[^>]*>.*?</tr>", text, re.DOTALL)
     of_sum = [row for row in rows if "</span>sum" in row]
-    assert len(of_sum) == 4  # three rankings and the bags
+    assert len(of_sum) == 5  # four rankings and the bags
     assert all('class="fallen"' in row and "badge" in row for row in of_sum)
     assert not any("fallen" in row for row in rows if "</span>ags" in row)
 
@@ -253,11 +278,48 @@ def test_the_same_run_gives_the_same_bytes_anywhere(run, tmp_path_factory):
 
 def test_curves_have_names_of_their_own(run):
     text, page = make(run)
-    assert text.count("<svg") == 1 + 6 + 2  # overview, panels, a strip for each arm
+    # overview, panels, and for each arm: attention, embeddings, probabilities
+    assert text.count("<svg") == 1 + 6 + 3 * 2
     ids = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
     assert len(ids) == len(set(ids))
     used = set(re.findall(r'(?:url\(#|href="#)([^)"]+)', text))
     assert used <= set(ids)
+
+
+def test_maps_and_spreads_are_of_the_cells_of_the_test_bags(run):
+    text, page = make(run)
+    assert "Maps of the embeddings" in page.text
+    assert re.search(r"\d+ % of the variance of 6 features", page.text)
+    assert "data:image/png;base64," in text  # points as a picture, not one by one
+    # Attention of 1/15 to 5/15 in bags of 5: one third to five thirds of an equal share.
+    assert "×0.5" in text
+    assert "×1" in text
+    embed(run, "sum", constant=True)
+    _, page = make(run)
+    assert "there is nothing to draw" in page.text
+
+
+def test_a_run_without_embeddings_has_no_maps(tmp_path):
+    make_run(tmp_path)
+    _, page = make(tmp_path)
+    assert "Maps of the embeddings" not in page.text
+    assert "Where attention goes" in page.text
+
+
+def test_k_beyond_the_bags_is_said_to_be_capped(run):
+    _, page = make(run)
+    assert "K = 400 cells; 1 of 1 bags hold fewer" in page.text
+    evaluate(EvaluateConfig(run, top_k=3))
+    page = Page(report(ReportConfig(run)).read_text(encoding="utf-8"))
+    assert "K = 3 cells." in page.text
+
+
+def test_the_figures_lie_beside_the_page_as_json(run):
+    make(run)
+    content = json.loads((run / "results.json").read_text(encoding="utf-8"))
+    assert content["facts"]["Cells"] == "30"
+    figure = content["arms"]["ags"]["metrics"]["test"]["average_precision_instance_score"]
+    assert figure == {"mean": 1.0, "low": 1.0, "high": 1.0, "n": 2}
 
 
 def test_arms_without_a_log_have_no_curves(run):

@@ -57,9 +57,16 @@ def test_fairgrad_equals_the_answer_of_a_conic_solver(tasks, alpha):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it asks for more digits than it can prove
         problem.solve(solver=cvxpy.CLARABEL, tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11)
-    expected = torch.from_numpy(weights.value) @ rows
-    update = FairGrad(alpha, length="exact")(rows @ rows.T) @ rows
-    assert (update - expected).norm() <= 1e-5 * expected.norm()
+    theirs = torch.from_numpy(weights.value)
+    ours = FairGrad(alpha, length="exact")(rows @ rows.T)
+
+    def objective(w):
+        gained = w.pow(power).sum() / power if power else w.log().sum()
+        return (w @ rows).square().sum() / 2 - gained
+
+    # Both minimise the same strictly convex function; the solver's last digits differ between processors.
+    assert objective(ours) <= objective(theirs) + 1e-9 * objective(theirs).abs()
+    assert (ours @ rows - theirs @ rows).norm() <= 1e-4 * (theirs @ rows).norm()
 
 
 @pytest.mark.parametrize("cosine", [-0.999, -0.5, 0.0, 0.9])

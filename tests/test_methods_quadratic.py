@@ -255,7 +255,10 @@ def test_blocks_are_solved_one_by_one(method, tasks):
     gramians = torch.stack(
         [rows @ rows.T for rows in (random(tasks), low_rank(tasks), 1e3 * random(tasks, seed=1))]
     )
-    torch.testing.assert_close(method(gramians), torch.stack([method(g) for g in gramians]))
+    together, single = method(gramians), torch.stack([method(g) for g in gramians])
+    # Weights of dependent gradients are not unique; the update is, and so are its products with the gradients.
+    gains = (gramians @ (together - single).unsqueeze(-1)).abs().amax((1, 2))
+    assert (gains <= 1e-8 * gramians.abs().amax((1, 2))).all()
 
 
 def test_enumeration_and_interior_point_find_the_same_solutions(monkeypatch):

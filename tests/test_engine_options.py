@@ -466,3 +466,14 @@ def test_gradients_taken_task_by_task_are_those_of_one_call(case, granularity):
     torch.testing.assert_close(report.gramian, expected.gramian)
     assert report.losses.isnan().all()
     check(single, [p.grad for p in whole.parameters()])
+
+
+def test_the_lean_engine_takes_a_compiled_trunk_one_task_after_the_other(monkeypatch):
+    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)
+    model = make(MLP)
+    gramian, _, expected = reference(model, method)
+    model.trunk = torch.compile(model.trunk, backend="aot_eager")
+    with pytest.warns(UserWarning, match="no batching rule"):
+        report = agsurgery.backward(model.losses(), model.parameters(), method, engine="lean")
+    torch.testing.assert_close(report.gramian, gramian)
+    check(model, expected)

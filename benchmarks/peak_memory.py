@@ -119,10 +119,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     packages = ("torch", "torchjd", "pytorch_optimizer")
     record = environment(device, packages)
     record["versions"]["agsurgery"] = agsurgery.__version__
-    cases = {
-        name: measure(title, tasks, build, device)
-        for name, (title, tasks, build) in builders(options.tasks, options.widths, device).items()
-    }
+    cases: dict[str, Any] = {}
+    for name, problem in builders(options.tasks, options.widths, device).items():
+        print(f"{problem[0]} ...", flush=True)  # takes minutes: the profiler sees every operation
+        cases[name] = measure(*problem, device)
     summary = answer(cases)
     result = {
         "question": __doc__.splitlines()[0],

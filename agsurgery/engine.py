@@ -165,41 +165,20 @@ class Engine:
         gathering = self._gathers(combine, level)
         check_level(level, features)
         border = None if features is None else feature_nodes(features)
-        with torch.enable_grad():  # views of a loss made under no_grad would have no graph
-            names, values, roots = read_losses(losses)
-        # In another process a loss may have one.
+        # In another process a loss may have a graph, and its gradients are averaged with those of this one.
         averaged = council is not None and council.processes.averaging
         once_more = self.options.engine == "reweight"
-        if all(root is None for root in roots) and (once_more or not averaged):
+        step = self._walked(losses, parameters, groups, retain_graph, loss_scale)
+        if not any(step.roots) and (once_more or not averaged):
             raise RuntimeError(
                 "At least one loss must depend on a parameter. None of them has a graph: were they computed "
                 "under `torch.no_grad()`, or detached?"
             )
-        reach = walk(roots, parameters)
-        hidden = reach.reentrant or any_sharded(parameters or ())
-        if not hidden:
-            check_reach(names, roots, reach, self.options.outside)
-        parts = split(reach, self._named())
-        step = Step(
-            tuple(names),
-            values,
-            roots,
-            parameters,
-            reach,
-            parts,
-            self.shared is not None,
-            hidden,
-            self._partition.blocks(parameters if parameters is not None else parts.shared, groups),
-            retain_graph,
-            loss_scale,
-        )
-        collected = self._kind != "losses" and (hidden or self.options.engine == "accumulate")
+        collected = self._kind != "losses" and (step.hidden or self.options.engine == "accumulate")
         if collected:
             self._check_collected(parameters, border)
-        ordinary = (self._kind == "losses" and (once_more or not averaged)) or (
-            once_more and not collected
-        )
-        if not ordinary:
+        alone = self._kind == "losses" and not averaged
+        if collected or not (once_more or alone):  # the last pass is no ordinary one
             check_hooks(step.leaves() if parameters is None else parameters)
         # Task gradients that are held are compared when they are combined, unless a backward pass exchanges something.
         if council is not None and (council.processes.sharded or not gathering):
@@ -218,9 +197,9 @@ class Engine:
             if not combine:
                 return None
             return self._combine_gathered(parameters, groups, loss_scale, council)
-        device = values[0].device if council is None else council.processes.device
+        device = step.device if council is None else council.processes.device
         with torch.no_grad(), full_precision(device):
-            detached = detached_losses(values)
+            detached = detached_losses(step.losses)
             if council is not None:
                 detached = council.processes.mean_losses(detached)
             run = Run(step, detached)
@@ -232,6 +211,36 @@ class Engine:
                 self._at_parameters(run, border, collected)
             self.report = run.report(self._partition_names(step))
         return self.report
+
+    def _walked(
+        self,
+        losses: Losses,
+        parameters: Sequence[Tensor] | None,
+        groups: Sequence[Mapping[str, Any]] | None,
+        retain_graph: bool,
+        loss_scale: Tensor | None,
+    ) -> Step:
+        """The losses, and what they reach."""
+        with torch.enable_grad():  # views of a loss made under no_grad would have no graph
+            names, values, roots = read_losses(losses)
+        reach = walk(roots, parameters)
+        hidden = reach.reentrant or any_sharded(parameters or ())
+        if not hidden and any(roots):
+            check_reach(names, roots, reach, self.options.outside)
+        parts = split(reach, self._named())
+        return Step(
+            tuple(names),
+            values,
+            roots,
+            parameters,
+            reach,
+            parts,
+            self.shared is not None,
+            hidden,
+            self._partition.blocks(parameters if parameters is not None else parts.shared, groups),
+            retain_graph,
+            loss_scale,
+        )
 
     def _at_parameters(self, run: Run, border: set[Any] | None, collected: bool) -> None:
         """Surgery on the gradients of the shared parameters."""

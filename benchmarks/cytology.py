@@ -52,7 +52,9 @@ def configure(options: argparse.Namespace, out: Path) -> SweepConfig:
         draws=options.draws,
         reference="simclr" if "simclr" in options.arms else options.arms[0],
         workers=options.workers,
-        synthetic=SyntheticConfig(here, normal=4500, abnormal=600, size=options.size),
+        synthetic=SyntheticConfig(
+            here, normal=4500, abnormal=600, size=options.size, difficulty=0.0
+        ),
         bags=BagsConfig(
             here, bag_size=100, train_bags=12, val_bags=2, test_bags=6, reuse_normals=True, **draw
         ),

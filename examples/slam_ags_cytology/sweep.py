@@ -40,11 +40,12 @@ from .pretrain import ARMS, PretrainConfig, pretrain
 from .recipe import Recipe
 from .report import ReportConfig, report
 from .results import read_status
+from .run import of_synthetic
 from .sharing import drop_store, share_store
 from .store import open_store
 from .sweep_report import sweep_report
 from .sweep_summary import summarise, sweep_table, sweep_text
-from .synthetic import ABNORMAL_CLASSES, NORMAL_CLASSES, SyntheticConfig, synthetic
+from .synthetic import SyntheticConfig, synthetic
 
 __all__ = ["SweepConfig", "sweep"]
 
@@ -84,7 +85,9 @@ class SweepConfig:
     """Processes. None: one for each GPU, or else for each core."""
     keep_stores: bool = False
     """Keep the decoded cells of finished runs."""
-    synthetic: SyntheticConfig = field(default_factory=lambda: SyntheticConfig(out=_HERE))
+    synthetic: SyntheticConfig = field(
+        default_factory=lambda: SyntheticConfig(out=_HERE, difficulty=0.0)
+    )
     """Synthetic cells, used when the bags options name no cells."""
     bags: BagsConfig = field(
         default_factory=lambda: BagsConfig(out=_HERE, bag_size=200, reuse_normals=True)
@@ -197,15 +200,8 @@ def _with_cells(config: SweepConfig) -> SweepConfig:
     """The configuration with a folder of cells: the user's, or synthetic ones drawn now."""
     if config.bags.cells is not None:
         return config
-    draw = replace(
-        config.bags,
-        cells=synthetic(replace(config.synthetic, out=config.out)),
-        normal=NORMAL_CLASSES if config.bags.normal == BagsConfig.normal else config.bags.normal,
-        positive=ABNORMAL_CLASSES
-        if config.bags.positive == BagsConfig.positive
-        else config.bags.positive,
-    )
-    return replace(config, bags=draw)
+    cells = synthetic(replace(config.synthetic, out=config.out))
+    return replace(config, bags=of_synthetic(config.bags, cells))
 
 
 def _bags_config(config: SweepConfig, draw: int, rate: float) -> BagsConfig:

@@ -83,6 +83,8 @@ class SweepConfig:
     """Arm from which the differences of the others are given, paired by draw."""
     workers: int | None = None
     """Processes. None: one for each GPU, or else for each core."""
+    only_report: bool = False
+    """Work on nothing: write table, summary and page of what is finished so far, as while a sweep is running."""
     keep_stores: bool = False
     """Keep the decoded cells of finished runs."""
     synthetic: SyntheticConfig = field(
@@ -138,10 +140,12 @@ def sweep(config: SweepConfig) -> Path:
             for rate in config.rates:
                 bags(_bags_config(config, draw, rate))
     write_text(config.out / "sweep.json", json.dumps(asdict(config), indent=1, default=str) + "\n")
-    failed = _work(config)
+    failed = {} if config.only_report else _work(config)
     rows = [row for unit in _units(config) for row in _finished_rows(config, unit)]
     if not rows:
-        raise UserError(f"No part of the sweep could be finished. {_failures(failed)}")
+        raise UserError(
+            f"No part of the sweep is finished. {_failures(failed) if failed else 'Run it first.'}"
+        )
     table = sweep_table(rows, config.all_arms, config.rates)
     summary = summarise(table, _facts(config, rows))
     with _quiet(config.out / "sweep.log"):

@@ -33,7 +33,8 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 
 ## demo: the cytology pipeline on synthetic cells, from slide labels to a report; continues an interrupted run
 demo: $(VENV)/.examples
-	$(BIN)/python -m examples.slam_ags_cytology run --out $(RUN)
+	$(BIN)/python -m examples.slam_ags_cytology run --out $(RUN) \
+		--synthetic.size 48 --pretrain.patch 48 --pretrain.crop 42
 
 ## test: all tests but the long ones
 test: $(VENV)/.dev

@@ -52,7 +52,10 @@ def configure(options: argparse.Namespace, out: Path) -> SweepConfig:
         draws=options.draws,
         reference="simclr" if "simclr" in options.arms else options.arms[0],
         workers=options.workers,
-        synthetic=SyntheticConfig(here, normal=4500, abnormal=600, size=options.size),
+        only_report=options.only_report,
+        synthetic=SyntheticConfig(
+            here, normal=4500, abnormal=600, size=options.size, difficulty=0.0
+        ),
         bags=BagsConfig(
             here, bag_size=100, train_bags=12, val_bags=2, test_bags=6, reuse_normals=True, **draw
         ),
@@ -119,6 +122,9 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=8, help="of the pretraining")
     parser.add_argument("--size", type=int, default=32, help="of the cells, in pixels")
     parser.add_argument("--workers", type=int, default=None)
+    parser.add_argument(
+        "--only-report", action="store_true", help="store what is finished in --work so far"
+    )
     parser.add_argument("--work", type=Path, help="folder of the sweep; a temporary one without it")
     parser.add_argument("--name", default="synthetic", help="results/cytology_NAME.json")
     options = parser.parse_args()

@@ -40,11 +40,12 @@ from .pretrain import ARMS, PretrainConfig, pretrain
 from .recipe import Recipe
 from .report import ReportConfig, report
 from .results import read_status
+from .run import of_synthetic
 from .sharing import drop_store, share_store
 from .store import open_store
 from .sweep_report import sweep_report
 from .sweep_summary import summarise, sweep_table, sweep_text
-from .synthetic import ABNORMAL_CLASSES, NORMAL_CLASSES, SyntheticConfig, synthetic
+from .synthetic import SyntheticConfig, synthetic
 
 __all__ = ["SweepConfig", "sweep"]
 
@@ -82,9 +83,13 @@ class SweepConfig:
     """Arm from which the differences of the others are given, paired by draw."""
     workers: int | None = None
     """Processes. None: one for each GPU, or else for each core."""
+    only_report: bool = False
+    """Work on nothing: write table, summary and page of what is finished so far, as while a sweep is running."""
     keep_stores: bool = False
     """Keep the decoded cells of finished runs."""
-    synthetic: SyntheticConfig = field(default_factory=lambda: SyntheticConfig(out=_HERE))
+    synthetic: SyntheticConfig = field(
+        default_factory=lambda: SyntheticConfig(out=_HERE, difficulty=0.0)
+    )
     """Synthetic cells, used when the bags options name no cells."""
     bags: BagsConfig = field(
         default_factory=lambda: BagsConfig(out=_HERE, bag_size=200, reuse_normals=True)
@@ -135,10 +140,12 @@ def sweep(config: SweepConfig) -> Path:
             for rate in config.rates:
                 bags(_bags_config(config, draw, rate))
     write_text(config.out / "sweep.json", json.dumps(asdict(config), indent=1, default=str) + "\n")
-    failed = _work(config)
+    failed = {} if config.only_report else _work(config)
     rows = [row for unit in _units(config) for row in _finished_rows(config, unit)]
     if not rows:
-        raise UserError(f"No part of the sweep could be finished. {_failures(failed)}")
+        raise UserError(
+            f"No part of the sweep is finished. {_failures(failed) if failed else 'Run it first.'}"
+        )
     table = sweep_table(rows, config.all_arms, config.rates)
     summary = summarise(table, _facts(config, rows))
     with _quiet(config.out / "sweep.log"):
@@ -197,15 +204,8 @@ def _with_cells(config: SweepConfig) -> SweepConfig:
     """The configuration with a folder of cells: the user's, or synthetic ones drawn now."""
     if config.bags.cells is not None:
         return config
-    draw = replace(
-        config.bags,
-        cells=synthetic(replace(config.synthetic, out=config.out)),
-        normal=NORMAL_CLASSES if config.bags.normal == BagsConfig.normal else config.bags.normal,
-        positive=ABNORMAL_CLASSES
-        if config.bags.positive == BagsConfig.positive
-        else config.bags.positive,
-    )
-    return replace(config, bags=draw)
+    cells = synthetic(replace(config.synthetic, out=config.out))
+    return replace(config, bags=of_synthetic(config.bags, cells))
 
 
 def _bags_config(config: SweepConfig, draw: int, rate: float) -> BagsConfig:

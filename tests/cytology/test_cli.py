@@ -21,7 +21,7 @@ from examples.slam_ags_cytology.run import RunConfig, run
 from examples.slam_ags_cytology.synthetic import SyntheticConfig, synthetic
 
 CELLS = [
-    *("--synthetic.normal", "180", "--synthetic.abnormal", "40", "--synthetic.size", "32"),
+    *("--synthetic.normal", "300", "--synthetic.abnormal", "40", "--synthetic.size", "32"),
     *("--bags.bag-size", "10", "--bags.witness-rate", "0.2"),
     *("--bags.train-bags", "4", "--bags.val-bags", "1", "--bags.test-bags", "1"),
 ]
@@ -92,10 +92,10 @@ def test_a_run_ends_with_a_report_and_its_numbers(finished):
     assert recorded["pretrain"]["patch"] == 32
 
 
-def test_synthetic_bags_hold_all_classes(finished):
+def test_synthetic_bags_hold_the_easy_classes(finished):
     manifest = pd.read_csv(finished / "manifest.csv")
     positive = manifest["instance_label"] == 1
-    assert set(manifest.loc[~positive, "class_name"]) == {"LYT", "MON", "NGS"}
+    assert set(manifest.loc[~positive, "class_name"]) == {"LYT", "NGS"}
     assert set(manifest.loc[positive, "class_name"]) == {"BLA", "PMO"}
 
 
@@ -140,7 +140,7 @@ def test_classes_that_the_user_names_are_used_of_synthetic_cells_too(tmp_path, c
     assert main(["run", "--out", str(tmp_path / "a"), *few, *named]) == 130
     assert (drawn["normal"], drawn["positive"]) == (("MON",), ("PMO",))
     assert main(["run", "--out", str(tmp_path / "b"), *few]) == 130
-    assert (drawn["normal"], drawn["positive"]) == (("LYT", "MON", "NGS"), ("BLA", "PMO"))
+    assert (drawn["normal"], drawn["positive"]) == (("LYT", "NGS"), ("BLA", "PMO"))
 
 
 # --- help and exit codes -------------------------------------------------------------------------

@@ -189,6 +189,14 @@ def test_a_part_that_fails_does_not_stop_the_rest_and_is_tried_again(tmp_path, c
     assert summary["facts"]["missing"] == 1
     assert "1 part of the grid is missing" in (tmp_path / "report.html").read_text()
     monkeypatch.undo()
+    monkeypatch.setattr(module, "_do", None)  # must not work
+    (tmp_path / "sweep.csv").unlink()
+    sweep(dataclasses.replace(config, only_report=True))
+    assert set(pd.read_csv(tmp_path / "sweep.csv")["arm"]) == {"random"}
+    other = dataclasses.replace(config, out=tmp_path / "other", only_report=True)
+    with pytest.raises(UserError, match="No part of the sweep is finished"):
+        sweep(other)
+    monkeypatch.undo()
     sweep(config)
     summary = json.loads((tmp_path / "summary.json").read_text())
     assert [cell["arm"] for cell in summary["cells"]] == ["random", "colour"]

@@ -48,7 +48,7 @@ WAVES = (1, 2)  # half periods of the Helmholtz solution on [0, 1]
 SIZES = (2, 20, 20, 20, 1)  # of the layers
 INSIDE, BORDER = 128, 64  # points of a step
 STEPS, SEEDS = 3000, 6
-RATES = (3e-3, 1e-2, 3e-2)
+RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 TUNING_SEED = 1000
 FAILED = 10.0  # relative errors are cut off here: a network without any training has 1
 WATCHED = 20  # every n-th step goes to the monitor
@@ -231,7 +231,7 @@ class Trial(NamedTuple):
 
 
 RATES_ONLY = tuple(Trial(rate) for rate in RATES)
-WEIGHTED = (Trial(1e-2, 10.0), Trial(1e-2, 100.0), Trial(3e-2, 10.0))
+WEIGHTED = (Trial(1e-2, 10.0), Trial(3e-2, 10.0), Trial(3e-2, 100.0), Trial(1e-1, 10.0))
 """As many trials."""
 
 METHODS: dict[str, tuple[Callable[[], Any], tuple[Trial, ...]]] = {

@@ -230,6 +230,23 @@ def test_quick_run_chooses_the_best_trial_and_compares_seed_by_seed(quick_run):
             )
 
 
+def test_a_trial_that_fails_with_one_of_the_tuning_seeds_is_not_chosen(monkeypatch):
+    calls: list[list[tuple[float, int]]] = []
+
+    def fake(problem, method, trials, seeds, steps, device):
+        calls.append([(trial.rate, seed) for trial, seed in zip(trials, seeds, strict=True)])
+        lucky = {(1e-1, 1000): 0.1, (1e-1, 1001): 1.0}
+        errors = [lucky.get(call, 0.2 if call[0] == 3e-2 else 0.9) for call in calls[-1]]
+        return pinn.Outcome(errors, {}, 0.0)
+
+    monkeypatch.setattr(pinn, "train", fake)
+    found = pinn.judge(pinn.PROBLEMS["burgers"], "AGS", pinn.Effort(1, 3, 4), CPU)
+    assert found["chosen"] == {"rate": 3e-2, "weight": 1.0}
+    assert [trial["error"] for trial in found["tried"]] == [0.9, 0.9, 0.2, 0.3162]
+    assert found["errors"] == [0.2] * 3
+    assert calls[1] == [(3e-2, 0), (3e-2, 1), (3e-2, 2)]  # none of the seeds it was chosen with
+
+
 def test_the_answer_names_only_what_is_beyond_chance():
     def method(low: float, high: float) -> dict:
         ratio = {"mean": (low + high) / 2, "low": low, "high": high}

@@ -10,6 +10,7 @@ averaged before they are saved).
 
 from __future__ import annotations
 
+import atexit
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -57,7 +58,13 @@ def join(device: str) -> tuple[World, str]:
         torch.cuda.set_device(device)
     if not distributed.is_initialized():
         distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+        atexit.register(_leave)
     return World(distributed.get_rank(), distributed.get_world_size()), device
+
+
+def _leave() -> None:
+    if distributed.is_initialized():
+        distributed.destroy_process_group()
 
 
 def started_by_torchrun() -> bool:

@@ -41,7 +41,7 @@ __all__ = ["CellStore", "decode", "open_store"]
 
 VERSION = 2  # part of the fingerprint: raise it when decoding changes
 CHUNK = 64  # images per task
-PROCESSES_FROM = 2000  # images below which threads do: processes take a second to start
+PROCESSES_FROM = 20_000  # images below which threads do: processes take seconds to start
 SPARE_BYTES = 64 * 2**20  # left free on the disk
 MOST_UNREADABLE = 0.5  # share above which something else must be wrong
 

@@ -148,9 +148,16 @@ class Training:
             "final_slide_label": last["loss_slide_label"],
             "effective_rank": last["effective_rank"],
             "std": last["std"],
+            "conflict_rate": self._mean("conflict"),
+            "mean_cosine": self._mean("cosine"),
+            "mean_scale": self._mean("scale"),
             "steps": self.done,
             "seconds": round(self.seconds, 1),
         }
+
+    def _mean(self, column: str) -> float:
+        """Over the whole training; NaN where an arm has no such column."""
+        return sum(row[column] for row in self.log) / len(self.log)
 
     def _chance(self) -> float:
         """The loss of a network to which all patches look alike."""
@@ -181,7 +188,7 @@ class Training:
         while this one is computed on.
         """
         # The views are drawn from torch's generator.
-        torch.manual_seed(self._view_seed(epoch))
+        torch.manual_seed(view_seed(self.config.seed, epoch, self.world.rank))
         generator = np.random.default_rng((self.config.seed, epoch))
         positive, negative = (side.batches(self.steps, generator) for side in self.sides)
         pairs = zip(positive, negative, strict=True)
@@ -193,13 +200,6 @@ class Training:
                 if following is not None:
                     waiting = reader.submit(self._read, following)
                 yield pixels
-
-    def _view_seed(self, epoch: int) -> int:
-        """Seed of the views of an epoch; every process draws its own."""
-        if self.world.leads:
-            return 1_000_003 * self.config.seed + epoch
-        entropy = (self.config.seed, epoch, self.world.rank)
-        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint32)[0])
 
     def _read(self, batch: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
         positive, negative = (self.store.images[rows] for rows in batch)
@@ -308,6 +308,13 @@ class Training:
         return int(state["epochs_done"])
 
 
+def view_seed(seed: int, epoch: int, rank: int) -> int:
+    """Seed of the views of an epoch; every process draws its own, the first those of a single process."""
+    if rank == 0:
+        return 1_000_003 * seed + epoch
+    return int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint32)[0])
+
+
 def _views(config: PretrainConfig) -> nn.Module:
     if config.augmentation == "paper":
         return views.PublishedViews(config.crop, jitter=config.jitter, hue=config.stain)
@@ -357,4 +364,6 @@ def _describe(report: SurgeryReport) -> dict[str, float]:
         "scale": sum(scales) / len(scales),
         "norm_contrastive": values["norm/contrastive"] if several else missing,
         "norm_similarity": values.get("norm/similarity", missing) if several else missing,
+        "weight_contrastive": values.get("weight/contrastive", missing) if several else missing,
+        "weight_similarity": values.get("weight/similarity", missing) if several else missing,
     }

@@ -33,8 +33,8 @@ from examples.slam_ags_cytology.views import RandomViews
 
 COLUMNS = (
     *("step", "epoch", "lr", "loss_contrastive", "loss_similarity", "loss_slide_label"),
-    *("cosine", "conflict", "scale", "norm_contrastive", "norm_similarity", "std"),
-    "effective_rank",
+    *("cosine", "conflict", "scale", "norm_contrastive", "norm_similarity"),
+    *("weight_contrastive", "weight_similarity", "std", "effective_rank"),
 )
 CELLS = 40  # of each side: 4 training bags of 10 cells; also steps = 80 / 16 = 5
 STEPS = 5
@@ -122,6 +122,16 @@ def test_each_arm_trains_and_records_what_it_did(out, arm):
     assert status[f"final_{other}"] is None
     assert status["effective_rank"] == last["effective_rank"]
     assert (status["final_similarity"] is None) == single
+    if single:
+        assert status["conflict_rate"] is None
+    else:
+        assert status["conflict_rate"] == pytest.approx(log["conflict"].mean())
+        assert status["mean_cosine"] == pytest.approx(log["cosine"].mean())
+        weights_ = log[["weight_contrastive", "weight_similarity"]]
+        assert weights_.notna().all(axis=None)
+        assert (weights_["weight_similarity"][:3] == 0).all()  # not switched on yet
+        assert (weights_["weight_similarity"][4:] > 0).all()
+    assert status["mean_scale"] == pytest.approx(log["scale"].mean())
     patches = 2 * CELLS // STEPS if arm == "simclr" else CELLS // STEPS
     expected = math.log(2) if arm == "sil" else math.log(2 * patches - 1)
     assert status["chance"] == pytest.approx(expected)

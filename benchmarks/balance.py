@@ -232,6 +232,8 @@ def _finite(value: float) -> float | None:
 def table(rows: list[dict[str, Any]]) -> str:
     """Mean over the seeds, with the number of seeds and the range of the average precision by distance."""
     frame = pd.DataFrame(rows)
+    if "effective_rank" not in frame:  # of the random encoder alone
+        frame["effective_rank"] = np.nan
     grouped = frame.groupby(["rate", "setting"], sort=False)
     shown = grouped[[*MEASURES, "effective_rank"]].mean()
     shown["seeds"] = grouped.size()

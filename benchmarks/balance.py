@@ -76,6 +76,11 @@ SETTINGS: dict[str, Setting] = {
     },
     **{f"{arm}, share by progress": Setting(arm, PROGRESS) for arm in ("sum", "ags", "priority")},
     **{f"{arm}, no limit": Setting(arm, FREE) for arm in ("sum", "ags", "priority")},
+    # a fixed weight of the similarity loss instead of a limit, 0.05 where both are divided by one temperature
+    **{
+        f"{arm}, similarity weighted 0.05": Setting(arm, FREE | {"similarity_temperature": 4.0})
+        for arm in ("sum", "ags")
+    },
     # other methods
     **{
         f"{arm}, share 0.1 from a third on": Setting(arm, BASE)

@@ -48,7 +48,7 @@ def pretrain(config: PretrainConfig) -> Path:
     frame = read_manifest(config.out / "manifest.csv")
     folder = config.out / "pretrain" / config.arm
     target = folder / "encoder.pt"
-    settings = _settings(config)
+    settings = _settings(config) | {"processes": world.size}
     if _finished(folder, settings):
         print(f"{target}: kept, it was made with the same settings.")
         return target

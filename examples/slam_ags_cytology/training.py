@@ -234,7 +234,7 @@ class Training:
         total = self.steps * config.epochs
         self.method.active = self.done >= config.similarity_start * total
         if config.similarity_share == "progress":
-            fallen = 1 - losses["contrastive"].detach().double() / self._chance()
+            fallen = 1 - losses["contrastive"].detach() / self._chance()
             self.method.share = fallen.clamp(min=0)
 
     def _losses(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[dict[str, Tensor], Tensor]:

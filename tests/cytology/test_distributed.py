@@ -14,13 +14,12 @@ import torch
 
 from agsurgery import GradientSurgery
 from examples.slam_ags_cytology import distributed as module
-from examples.slam_ags_cytology.bags import BagsConfig, bags
 from examples.slam_ags_cytology.distributed import World, join, surgery_options
 from examples.slam_ags_cytology.errors import UserError
 from examples.slam_ags_cytology.networks import load_encoder
 from examples.slam_ags_cytology.run import RunConfig, run
-from examples.slam_ags_cytology.synthetic import SyntheticConfig, synthetic
 from examples.slam_ags_cytology.training import view_seed
+from tests.cytology._tiny import draw_tiny
 
 needs_process_group = pytest.mark.skipif(
     "process_group" not in inspect.signature(GradientSurgery.__init__).parameters,
@@ -105,12 +104,7 @@ SETTINGS = {"patch": 32, "crop": 28, "epochs": 2, "batch": 16, "hidden": 16, "ou
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    out = tmp_path_factory.mktemp("drawn")
-    cells = synthetic(SyntheticConfig(out, normal=180, abnormal=40, size=32))
-    shapes = {"bag_size": 10, "witness_rate": 0.2, "train_bags": 4, "val_bags": 1, "test_bags": 1}
-    classes = {"normal": ("LYT", "MON", "NGS"), "positive": ("BLA", "PMO")}
-    bags(BagsConfig(out, cells=cells, **classes, **shapes))
-    return out
+    return draw_tiny(tmp_path_factory.mktemp("drawn"))
 
 
 def launch(out, stop=0, **changes):

@@ -250,12 +250,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def answer(rows: list[dict[str, Any]]) -> str:
-    """The setting with the best mean of both rankings at each witness rate, and how it compares with the base."""
+    """The setting with the best mean of both rankings at each witness rate, of those with the most seeds."""
     frame = pd.DataFrame(rows)
     frame["merit"] = frame[["ap_distance", "ap_score"]].mean(axis=1)
     parts = []
     for rate, part in frame.groupby("rate"):
-        means = part.groupby("setting")["merit"].mean()
+        by_setting = part.groupby("setting")["merit"]
+        means = by_setting.mean()[by_setting.size() == by_setting.size().max()]
         best = str(means.idxmax())
         parts.append(
             f"at {rate:.1%} {best} ({means[best]:.3f}, SimCLR {means.get('SimCLR', np.nan):.3f})"
@@ -313,19 +314,23 @@ def main(arguments: list[str] | None = None) -> None:
                     row = measure(SETTINGS[name], task, rate, seed, Path(folder))
                 key = {"setting": name, "rate": rate, "seed": seed, "epochs": options.epochs}
                 rows.append(key | row)
-                record = {
-                    "environment": environment(
-                        torch.device("cpu"), ("torch", "kornia", "scikit-learn")
-                    ),
-                    "judge": options.judge,
-                    "normal": options.normal,
-                    "positive": options.positive,
-                    "rows": rows,
-                }
-                write_json(target, record | {"answer": answer(rows)})
+                _store(target, rows, options)
                 print(json.dumps(rows[-1]), flush=True)
-    print(table(rows))
-    print(answer(rows))
+    if rows:
+        _store(target, rows, options)
+        print(table(rows))
+        print(answer(rows))
+
+
+def _store(target: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    record = {
+        "environment": environment(torch.device("cpu"), ("torch", "kornia", "scikit-learn")),
+        "judge": options.judge,
+        "normal": options.normal,
+        "positive": options.positive,
+        "rows": rows,
+    }
+    write_json(target, record | {"answer": answer(rows)})
 
 
 if __name__ == "__main__":

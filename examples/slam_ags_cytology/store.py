@@ -296,7 +296,7 @@ class _Unfinished:
         good = []
         try:
             first, *lines = self.journal.read_text(encoding="utf-8").splitlines()
-            if json.loads(first) == fingerprint and self.part.stat().st_size == self._bytes():
+            if json.loads(first) == [fingerprint, CHUNK] and self.part.stat().st_size == self._bytes():
                 for line in lines:
                     self._take(Decoded(**json.loads(line, object_hook=_with_rows)))
                     good.append(line)
@@ -308,7 +308,7 @@ class _Unfinished:
             with self.part.open("wb") as stream:
                 stream.write(self._header)
                 stream.truncate(self._bytes())  # zeros, which take no room on most disks
-        write_text(self.journal, "\n".join((json.dumps(fingerprint), *good, "")))
+        write_text(self.journal, "\n".join((json.dumps([fingerprint, CHUNK]), *good, "")))
 
     def _bytes(self) -> int:
         return len(self._header) + len(self.names) * self.size**2 * 3

@@ -296,7 +296,10 @@ class _Unfinished:
         good = []
         try:
             first, *lines = self.journal.read_text(encoding="utf-8").splitlines()
-            if json.loads(first) == [fingerprint, CHUNK] and self.part.stat().st_size == self._bytes():
+            if (
+                json.loads(first) == [fingerprint, CHUNK]
+                and self.part.stat().st_size == self._bytes()
+            ):
                 for line in lines:
                     self._take(Decoded(**json.loads(line, object_hook=_with_rows)))
                     good.append(line)

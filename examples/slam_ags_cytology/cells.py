@@ -14,6 +14,7 @@ from .errors import UserError, listing
 from .files import portable_path
 from .manifest import SPLITS
 from .recipe import BagsConfig
+from .sources import members, read_bytes
 from .splits import divide
 from .tables import read_table, require_columns
 
@@ -48,12 +49,15 @@ def load_cells(config: BagsConfig) -> list[Cell]:
 def find_cells(root: Path, class_from: str = "auto") -> list[Cell]:
     """All images below `root`, sorted by path, whatever order the file system lists them in.
 
-    Hidden files and folders are skipped: some are copies left by a file manager.
+    A tar archive counts as a folder (its own name is no class); so `root` may be one, or hold a few (shards). Hidden
+    files and folders are skipped: some are copies left by a file manager.
     """
+    if root.is_file() and root.suffix == ".tar":
+        return _sorted(_in_archive(root, "", class_from), root)
     if not root.is_dir():
         found = "It is a file" if root.exists() else "There is no such folder"
-        raise UserError(f"cells must be a folder of images. {root}: {found}.")
-    files: list[str] = []
+        raise UserError(f"cells must be a folder of images, or a tar archive. {root}: {found}.")
+    cells: list[Cell] = []
     visited: set[str] = set()
     for folder, folders, names in os.walk(root, followlinks=True):
         place = os.path.realpath(folder)
@@ -61,19 +65,45 @@ def find_cells(root: Path, class_from: str = "auto") -> list[Cell]:
             folders.clear()
             continue
         visited.add(place)
-        folders[:] = sorted(f for f in folders if not f.startswith(".") and f != "__MACOSX")
+        folders[:] = sorted(name for name in folders if not _hidden(name))
         relative = Path(folder).relative_to(root).as_posix()
         prefix = "" if relative == "." else f"{relative}/"
-        files.extend(
-            prefix + name
-            for name in names
-            if name.lower().endswith(IMAGE_SUFFIXES) and not name.startswith(".")
-        )
-    if not files:
+        for name in names:
+            if _hidden(name):
+                continue
+            if name.lower().endswith(IMAGE_SUFFIXES):
+                cells.append(Cell(prefix + name, class_of(prefix + name, class_from)))
+            elif name.endswith(".tar"):
+                cells += _in_archive(Path(folder, name), f"{prefix}{name}/", class_from)
+    return _sorted(cells, root)
+
+
+def _sorted(cells: list[Cell], root: Path) -> list[Cell]:
+    if not cells:
         raise UserError(
             f"cells must hold images ({', '.join(IMAGE_SUFFIXES)}). Found none below {root}."
         )
-    return [Cell(file, class_of(file, class_from)) for file in sorted(files)]
+    return sorted(cells)
+
+
+def _in_archive(archive: Path, prefix: str, class_from: str) -> list[Cell]:
+    """The images of an archive; a class that neither name nor folder tells is in NAME.cls, as WebDataset has it."""
+    inside = members(archive)
+    cells = []
+    for name in inside:
+        file = Path(name).as_posix()
+        if not file.lower().endswith(IMAGE_SUFFIXES) or any(map(_hidden, file.split("/"))):
+            continue
+        kind = class_of(file, class_from)
+        label = inside.get(name.rsplit(".", 1)[0] + ".cls")
+        if not kind and label is not None and class_from == "auto":
+            kind = read_bytes(label).decode("utf-8", "replace").strip()
+        cells.append(Cell(prefix + file, kind))
+    return cells
+
+
+def _hidden(name: str) -> bool:
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def class_of(file: str, class_from: str = "auto") -> str:

@@ -73,9 +73,10 @@ def embed(config: EmbedConfig) -> Path:
         encoder, extra = networks.load_encoder(path, level=config.level)
         patch, crop = _geometry(config, extra)
         store = open_store(frame["path"], patch, config.out)
+        readable = store.readable(frame)
         weights = hashlib.sha256(path.read_bytes()).hexdigest()
         source = _hash([RECIPE, weights, config.level, patch, crop])
-        _embed_arm(config, frame, store, encoder.to(device), crop, source, arm)
+        _embed_arm(config, readable, store, encoder.to(device), crop, source, arm)
     return config.out / "embed"
 
 

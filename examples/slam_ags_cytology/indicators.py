@@ -55,21 +55,26 @@ class Verdict:
     reason: str
 
 
-def verdict(log: Sequence[Mapping[str, float]], chance: float) -> Verdict:
+def verdict(
+    log: Sequence[Mapping[str, float]], chance: float, column: str = "loss_contrastive"
+) -> Verdict:
     """Judge a pretraining by the last tenth of its log.
 
     Args:
-        log: rows with `loss_contrastive` and `effective_rank`, in order.
-        chance: contrastive loss when all rows are equal.
+        log: rows with `column` and `effective_rank`, in order.
+        chance: loss in that column when all rows are equal.
+        column: of the loss to judge by. Only of a contrastive one is it said that little was learnt: where most
+            labels are wrong, a loss near chance is right, and two directions are enough to tell two labels apart.
     """
     tail = log[-max(1, len(log) // 10) :]
-    loss = sum(row["loss_contrastive"] for row in tail) / len(tail)
+    loss = sum(row[column] for row in tail) / len(tail)
     rank = sum(row["effective_rank"] for row in tail) / len(tail)
     if not (math.isfinite(loss) and math.isfinite(rank)):
         return Verdict(True, False, "the loss is not finite")
-    signs = f"contrastive loss {loss:.2f} where chance is {chance:.2f}, effective rank of the embeddings {rank:.2f}"
+    name = column.removeprefix("loss_").replace("_", " ")
+    signs = f"{name} loss {loss:.2f} where chance is {chance:.2f}, effective rank of the embeddings {rank:.2f}"
     if rank < COLLAPSED_RANK and loss > COLLAPSED_LOSS * chance:
         return Verdict(True, False, f"all cells look alike to the encoder: {signs}")
-    if rank < WEAK_RANK or loss > WEAK_LOSS * chance:
+    if column == "loss_contrastive" and (rank < WEAK_RANK or loss > WEAK_LOSS * chance):
         return Verdict(False, True, f"the encoder learnt little: {signs}")
     return Verdict(False, False, "")

@@ -18,10 +18,18 @@ ENCODERS = ("small", "resnet18")
 
 
 class Encoder(nn.Module):
-    """Images to feature vectors; input `(N, 3, H, W)` float32 in [0, 1], output `(N, features)`."""
+    """Images to feature vectors; input `(N, 3, H, W)` float32 in [0, 1], output `(N, features)`.
+
+    Args:
+        name: one of `ENCODERS`.
+
+    Attributes:
+        channels_last: whether images are stored with their channels innermost; changes speed only.
+    """
 
     def __init__(self, name: str) -> None:
         super().__init__()
+        self.channels_last = True
         if name not in ENCODERS:
             raise UserError(f"encoder must be one of {', '.join(ENCODERS)}. Got {name!r}.")
         self.trunk, self.features = _small() if name == "small" else _resnet18()
@@ -32,7 +40,8 @@ class Encoder(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Features of a batch of images."""
         images = (images - self.mean) / self.std
-        return self.trunk(images.contiguous(memory_format=torch.channels_last))
+        order = torch.channels_last if self.channels_last else torch.contiguous_format
+        return self.trunk(images.contiguous(memory_format=order))
 
 
 def _resnet18() -> tuple[nn.Module, int]:

@@ -13,15 +13,17 @@ ROLES = ("normal", "positive", "distractor")
 
 @dataclass(frozen=True)
 class BagsConfig:
-    """Make OUT/manifest.csv. Give either cells (bags are drawn) or slides (bags are yours)."""
+    """Make OUT/manifest.csv. Give cells (bags are drawn), slides (bags are yours), or both (a folder per slide)."""
 
     out: Path
     """Run folder. An existing manifest made in another way is never overwritten."""
     cells: Path | None = None
-    """Folder of cell images, one folder per class at any depth, or files named CLASS_00001.jpg."""
+    """Folder of cell images, one folder per class at any depth, or files named CLASS_00001.jpg. Tar archives count as
+    folders (there, NAME.cls tells the class where nothing else does). With slides: one folder or archive per slide."""
     slides: Path | None = None
     """CSV file of your own slides: path, bag, label, optional split, instance_label, class_name and
-    group (a patient: its slides stay in one split)."""
+    group (a patient: its slides stay in one split). With cells: one line per slide and no path; the images of slide X
+    are all those below CELLS/X."""
     class_from: Literal["auto", "name", "folder"] = "auto"
     """Class of a cell: three capitals and a number at the start of its file name (name), the top
     folder below CELLS (folder), or the name where it has that form, else the folder (auto)."""
@@ -66,10 +68,10 @@ _ONLY_CELLS = (
 
 def check_config(config: BagsConfig) -> None:
     """Refuse settings that are wrong whatever the data are."""
-    if (config.cells is None) == (config.slides is None):
+    if config.cells is None and config.slides is None:
         raise UserError(
-            "Give either cells (a folder of labelled cells, to draw bags from) or slides (a CSV "
-            f"file of your own bags). Found {'neither' if config.cells is None else 'both'}."
+            "Give cells (a folder of labelled cells, to draw bags from), slides (a CSV file of your own bags), or both "
+            "(a folder with one folder of cells per slide, and their labels). Found neither."
         )
     if config.out.exists() and not config.out.is_dir():
         raise UserError(f"out must be a folder. {config.out} is a file.")

@@ -1,7 +1,6 @@
 """What must hold for bags, cells and splits, checked once: later steps can trust the manifest."""
 
 import os
-import stat
 from collections.abc import Hashable, Iterable, Sequence
 from pathlib import Path
 from urllib.parse import quote
@@ -9,6 +8,7 @@ from urllib.parse import quote
 import pandas as pd
 
 from .errors import UserError, listing
+from .sources import status
 
 __all__ = ["check_copies", "check_manifest"]
 
@@ -90,14 +90,14 @@ def _identities(frame: pd.DataFrame, source: str | Path) -> pd.Series:
     missing: list[str] = []
     for path in frame["path"].unique():
         try:
-            status = os.stat(path)
+            found = status(path)
         except (OSError, ValueError):
+            found = None
+        if found is None:
             missing.append(path)
             continue
-        if not stat.S_ISREG(status.st_mode):
-            missing.append(path)
         # Some network file systems number no files: the name is all there is to compare.
-        known[path] = (status.st_dev, status.st_ino) if status.st_ino else os.path.normcase(path)
+        known[path] = found[:3] if found.inode else os.path.normcase(path)
     if missing:
         backslash = os.sep == "/" and any("\\" in path for path in missing)
         raise UserError(

@@ -6,14 +6,16 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
+from .arms import ARMS, check_arm
 from .bags import BagsConfig, bags
 from .colour import COLOUR, colour
+from .distributed import started_by_torchrun
 from .embed import EmbedConfig, embed
 from .errors import UserError
 from .evaluate import EvaluateConfig, evaluate
 from .files import write_text
 from .mil import MilConfig, mil
-from .pretrain import ARMS, PretrainConfig, pretrain
+from .pretrain import PretrainConfig, pretrain
 from .report import ReportConfig, report
 from .synthetic import ABNORMAL_CLASSES, SyntheticConfig, synthetic
 
@@ -95,10 +97,13 @@ def of_synthetic(draw: BagsConfig, cells: Path) -> BagsConfig:
 
 def _check(config: RunConfig) -> None:
     """Find what is wrong with the settings before any long work."""
-    unknown = [arm for arm in config.arms if arm not in ARMS]
-    if unknown or not config.arms:
+    if not config.arms:
+        raise UserError(f"arms must be some of {', '.join(ARMS)}. Got none.")
+    for arm in config.arms:
+        check_arm(arm)
+    if started_by_torchrun():
         raise UserError(
-            f"arms must be some of {', '.join(ARMS)}. Got {', '.join(unknown) or 'none'}."
+            "Only the pretrain step works in several processes. Run the steps one by one, that one with torchrun."
         )
     for name in ("synthetic", "bags", "pretrain", "embed", "mil", "evaluate", "report"):
         if getattr(config, name).out != _HERE:

@@ -1,31 +1,68 @@
 """The user's own slides as bags, with a split drawn between slides or patients if none is given."""
 
 import hashlib
+import os
+from pathlib import Path
 
 import pandas as pd
 
-from .errors import UserError
+from .cells import find_cells
+from .errors import UserError, listing
+from .files import text_digest
 from .manifest import parse_manifest
 from .recipe import BagsConfig
 from .rules import check_manifest
 from .splits import divide
-from .tables import read_table
+from .tables import read_table, require_columns
 
 __all__ = ["read_slides"]
 
 
 def read_slides(config: BagsConfig) -> tuple[pd.DataFrame, str]:
-    """The typed rows of a user's manifest, its split drawn if absent, and a digest of the file."""
+    """The typed rows of a user's manifest, its split drawn if absent, and a digest of what was read."""
     assert config.slides is not None  # see check_config
     table = read_table(config.slides)
+    digest = hashlib.sha256(config.slides.read_bytes()).hexdigest()
     drawn = "split" not in table.columns or not (table["split"] != "").any()
     if drawn:
         table["split"] = "train"  # a placeholder that every later check accepts
+    if config.cells is not None:
+        table = _with_cells(table, config.slides, config.cells)
+        digest = text_digest("\n".join((digest, *table["path"])))
     frame = parse_manifest(table, config.slides)
     if drawn:
         check_manifest(frame, config.slides, check_files=False)
         frame["split"] = _divide_slides(frame, config)
-    return frame, hashlib.sha256(config.slides.read_bytes()).hexdigest()
+    return frame, digest
+
+
+def _with_cells(table: pd.DataFrame, source: Path, root: Path) -> pd.DataFrame:
+    """A row for every image below ROOT/SLIDE, from a table with a row for every slide."""
+    require_columns(table, ("bag", "label"), source)
+    if "path" in table:
+        raise UserError(
+            f"{source} lists images (column path), so that cells would have no effect. Give one of the two, or list "
+            "slides: bag and label, one line for each."
+        )
+    twice = sorted(set(table["bag"][table["bag"].duplicated()]))
+    if twice:
+        raise UserError(f"{source} must list a slide once. Found more often: {listing(twice)}.")
+    missing = [name for name in table["bag"] if not (name and (root / name).exists())]
+    if missing:
+        raise UserError(
+            f"Every slide in {source} must be a folder (or tar archive) in {root}. Not there: "
+            f"{listing(map(repr, missing))}."
+        )
+    unlisted = {path.name for path in root.iterdir() if path.is_dir()} - set(table["bag"])
+    if unlisted:
+        print(f"{root}: {len(unlisted)} folders are no slides of {source} and are not used.")
+    paths = [
+        [os.path.abspath(root / name / cell.file) for cell in find_cells(root / name)]
+        for name in table["bag"]
+    ]
+    parse_manifest(table.assign(path="."), source)  # what is wrong is told by the line of the slide
+    expanded: pd.DataFrame = table.assign(path=paths).explode("path", ignore_index=True)
+    return expanded
 
 
 def _divide_slides(frame: pd.DataFrame, config: BagsConfig) -> pd.Series:

@@ -1,38 +1,49 @@
 """All cells of a run decoded once, as one memory-mapped array of uint8.
 
-Conversion to RGB: transparent parts become white (the empty background of a slide); 16-bit grey is
-scaled by its full range, the same for all files, so that brightness stays comparable; a file of
-several pages gives its first. Of an image that is not square, the middle is kept (centre crop): the
-cell is there, and padding would tell a network which file an image came from. Images of another
-size are resized with an antialiasing (bicubic) filter. Colour profiles and EXIF rotation are
-ignored.
+An array that was left half made by an interruption is continued: a journal beside it says which rows are there.
+Images that cannot be decoded are listed in unreadable.csv with the reason, and left out by every later step.
 """
 
+from __future__ import annotations
+
+import csv
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import shutil
-from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ProcessPoolExecutor,
+    ThreadPoolExecutor,
+    wait,
+)
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image
+import pandas as pd
 from tqdm import tqdm
 
+from .decoding import Chunk, Decoded, decode, decode_chunk, ignore_interrupts
 from .errors import UserError, listing
 from .files import replacing, write_text
+from .sources import locate, status
 
-VERSION = 1  # part of the fingerprint: raise it when decoding changes
-WORKERS = 2  # Pillow decodes without holding the interpreter lock
-CHUNK = 64  # images per task; 2 * WORKERS tasks are held in memory at a time
-LONGEST = 2.0  # longer side / shorter side of a picture that can be of one cell
+__all__ = ["CellStore", "decode", "open_store"]
+
+VERSION = 2  # part of the fingerprint: raise it when decoding changes
+CHUNK = 64  # images per task
+PROCESSES_FROM = 20_000  # images below which threads do: processes take seconds to start
 SPARE_BYTES = 64 * 2**20  # left free on the disk
+MOST_UNREADABLE = 0.5  # share above which something else must be wrong
 
 
 @dataclass(frozen=True, eq=False)
@@ -47,6 +58,8 @@ class CellStore:
     """The .npy file."""
     copies: tuple[tuple[str, ...], ...] = ()
     """Groups of paths whose files have the same bytes."""
+    unreadable: tuple[str, ...] = ()
+    """Paths whose rows are empty, since they could not be decoded; see `readable`."""
     _row: dict[str, int] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -75,30 +88,60 @@ class CellStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """Send the names, not the pixels."""
-        return _attach, (self.paths, self.file, self.copies)
+        return _attach, (self.paths, self.file, self.copies, self.unreadable)
+
+    def readable(self, frame: pd.DataFrame) -> pd.DataFrame:
+        """The rows of a manifest whose cells could be decoded.
+
+        Raises:
+            UserError: a bag has none left.
+        """
+        if not self.unreadable:
+            return frame
+        kept: pd.DataFrame = frame[~frame["path"].isin(self.unreadable)]
+        empty = set(frame["bag"]) - set(kept["bag"])
+        if empty:
+            raise UserError(
+                f"Every bag must hold a readable cell. None is left in {listing(sorted(empty))}; see "
+                f"{self.file.parent / UNREADABLE}. Replace these files, or remove their rows from the manifest."
+            )
+        return kept
 
 
-def _attach(paths: tuple[str, ...], file: Path, copies: tuple[tuple[str, ...], ...]) -> CellStore:
-    return CellStore(paths, np.load(file, mmap_mode="r"), file, copies)
+UNREADABLE = "unreadable.csv"
 
 
-def open_store(paths: Iterable[str], size: int, folder: str | Path) -> CellStore:
+def _attach(
+    paths: tuple[str, ...],
+    file: Path,
+    copies: tuple[tuple[str, ...], ...],
+    unreadable: tuple[str, ...],
+) -> CellStore:
+    return CellStore(paths, np.load(file, mmap_mode="r"), file, copies, unreadable)
+
+
+def open_store(
+    paths: Iterable[str], size: int, folder: str | Path, workers: int | None = None
+) -> CellStore:
     """The cells decoded to `size` x `size`, from FOLDER/cells-SIZE.npy if it is current, else made.
 
     Args:
         paths: Absolute paths; repeated ones share a row.
         size: Width and height in pixels.
-        folder: Where the two cache files go, cells-SIZE.npy and cells-SIZE.json.
+        folder: Where the cache goes: cells-SIZE.npy, cells-SIZE.json, and unreadable.csv if it is needed.
+        workers: Processes that decode. None: one for each core that this process may use.
 
     Returns:
         The store; row i is the i-th different path.
 
     Raises:
-        UserError: If images are missing or unreadable (all are tried, then all are named together),
-            or the disk is too full.
+        UserError: If images are missing, most of them are unreadable, another process is decoding into this folder, or
+            the disk is too full.
     """
     if not 8 <= size <= 4096:
         raise UserError(f"size must be between 8 and 4096 pixels. Found {size}.")
+    if workers is not None and workers < 1:
+        raise UserError(f"workers must be at least 1, or None. Found {workers}.")
     names = tuple(dict.fromkeys(paths))
     if not names:
         raise UserError("A store needs at least one cell. Found no paths. Is the manifest empty?")
@@ -109,24 +152,38 @@ def open_store(paths: Iterable[str], size: int, folder: str | Path) -> CellStore
     if store is not None:
         return store
     folder.mkdir(parents=True, exist_ok=True)
-    _check_disk(len(names) * size * size * 3, folder, size)
-    note.unlink(missing_ok=True)  # an old note must never describe the new array
-    digests = _decode_all(names, size, file)
-    groups: dict[bytes, list[int]] = {}
-    for row, digest in enumerate(digests):
-        groups.setdefault(digest, []).append(row)
-    content = {
-        "fingerprint": fingerprint,
-        "cells": len(names),
-        "size": size,
-        "copies": [rows for rows in groups.values() if len(rows) > 1],
-    }
-    write_text(note, json.dumps(content) + "\n")
-    return _attach(names, file, _named(content["copies"], names))
+    with _Unfinished.claimed(file, names, size, fingerprint) as unfinished:
+        _check_disk(unfinished.bytes_left(), folder, size)
+        unfinished.decode(workers or _cores())
+        problems = unfinished.problems
+        try:
+            _report(problems, names, folder)
+        except UserError:
+            unfinished.part.unlink()
+            raise
+        note.unlink(missing_ok=True)  # an old note must never describe the new array
+        os.replace(unfinished.part, file)
+        content = {
+            "fingerprint": fingerprint,
+            "cells": len(names),
+            "size": size,
+            "copies": unfinished.copies(),
+            "unreadable": sorted(problems),
+        }
+        write_text(note, json.dumps(content) + "\n")
+    return _described(names, file, content)
 
 
-def _named(groups: Any, names: Sequence[str]) -> tuple[tuple[str, ...], ...]:
-    return tuple(tuple(names[row] for row in rows) for rows in groups)
+def _cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _described(names: tuple[str, ...], file: Path, content: dict[str, Any]) -> CellStore:
+    """The store that a note describes."""
+    copies = tuple(tuple(names[row] for row in rows) for rows in content["copies"])
+    return _attach(names, file, copies, tuple(names[row] for row in content["unreadable"]))
 
 
 def _fingerprint(names: Sequence[str], size: int) -> str:
@@ -135,11 +192,13 @@ def _fingerprint(names: Sequence[str], size: int) -> str:
     missing = []
     for name in names:
         try:
-            status = os.stat(name)
+            found = status(name)
         except (OSError, ValueError):
+            found = None
+        if found is None:
             missing.append(name)
             continue
-        line = f"\n{name}\t{status.st_mtime_ns}\t{status.st_size}"
+        line = f"\n{name}\t{found.changed}\t{found.offset}\t{found.length}"
         digest.update(line.encode("utf-8", "surrogateescape"))
     if missing:
         raise UserError(
@@ -157,7 +216,7 @@ def _reopen(
         content = json.loads(note.read_text(encoding="utf-8"))
         if content["fingerprint"] != fingerprint:
             return None
-        store = _attach(names, file, _named(content["copies"], names))
+        store = _described(names, file, content)
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return None
     expected = (len(names), size, size, 3)
@@ -173,102 +232,179 @@ def _check_disk(needed: int, folder: Path, size: int) -> None:
         )
 
 
-def _decode_all(names: Sequence[str], size: int, file: Path) -> list[bytes]:
-    """Write all images to `file` and return a digest of each input file.
+def _report(problems: dict[int, str], names: Sequence[str], folder: Path) -> None:
+    """List what could not be decoded in FOLDER/unreadable.csv.
 
-    The array is written as a stream: on a full disk a stream raises an error, a memory map kills
-    the process.
+    Raises:
+        UserError: it is most of all.
     """
-    digests: list[bytes] = []
-    problems: list[str] = []
-    header = {"descr": "|u1", "fortran_order": False, "shape": (len(names), size, size, 3)}
-    progress = tqdm(total=len(names), desc=f"decoding to {size} px", unit="cell", disable=None)
-    with replacing(file) as temporary, temporary.open("wb") as stream, progress:
-        np.lib.format.write_array_header_1_0(stream, header)
-        for batch in _in_order(names, size):
-            for name, result in batch:
-                if isinstance(result, str):
-                    problems.append(f"{name} ({result})")
-                elif not problems:  # else the file is thrown away: only look for more problems
-                    digests.append(result[0])
-                    stream.write(result[1])
-            progress.update(len(batch))
-        if problems:
-            raise UserError(
-                f"Every cell must be a readable image. {len(problems)} of {len(names)} are not: "
-                f"{listing(problems, 10)}. Replace these files, or remove their rows from the "
-                "manifest."
-            )
-    return digests
+    target = folder / UNREADABLE
+    if not problems:
+        target.unlink(missing_ok=True)
+        return
+    with (
+        replacing(target) as part,
+        part.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file,
+    ):
+        writer = csv.writer(file)
+        writer.writerow(("path", "reason"))
+        writer.writerows((names[row], problems[row]) for row in sorted(problems))
+    shown = listing((f"{names[row]} ({problems[row]})" for row in sorted(problems)), 3)
+    text = f"{len(problems)} of {len(names)} cells cannot be read: {shown}. All are listed in {target}."
+    if len(problems) > MOST_UNREADABLE * len(names):
+        raise UserError(f"Most cells must be readable images. {text}")
+    print(f"WARNING: {text} They are left out.")
 
 
-Result = tuple[bytes, bytes] | str
-"""Digest of the file and pixels, or what is wrong with it."""
+class _Unfinished:
+    """An array that is being made: the file, and a journal of the rows that are in it.
 
+    Attributes:
+        part: the array's file while it is not complete.
+        problems: what is wrong with an image, by row.
+    """
 
-def _in_order(names: Sequence[str], size: int) -> Iterator[list[tuple[str, Result]]]:
-    """Results in the order of `names`, decoded in threads, with few in memory at a time."""
-
-    def work(part: Sequence[str]) -> list[tuple[str, Result]]:
-        return [(name, _try(name, size)) for name in part]
-
-    waiting: deque[Future[list[tuple[str, Result]]]] = deque()
-    with ThreadPoolExecutor(WORKERS) as pool:
-        for start in range(0, len(names), CHUNK):
-            waiting.append(pool.submit(work, names[start : start + CHUNK]))
-            if len(waiting) >= 2 * WORKERS:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
-
-
-def _try(name: str, size: int) -> Result:
-    # Pillow's decoders raise nearly every kind of exception on damaged files.
-    try:
-        raw = Path(name).read_bytes()
-        pixels = decode(io.BytesIO(raw), size).tobytes()
-    except Exception as error:
-        text = str(error).replace(name, "file").split("<_io", 1)[0].strip()
-        return f"{type(error).__name__}: {text}"[:200]
-    return hashlib.blake2b(raw, digest_size=16).digest(), pixels
-
-
-def decode(source: str | Path | io.BytesIO, size: int) -> npt.NDArray[np.uint8]:
-    """One image as (size, size, 3) RGB; see the top of this file for the conversions."""
-    with Image.open(source) as image:
-        width, height = image.size
-        side = min(width, height)
-        if max(width, height) > LONGEST * side:
-            raise ValueError(f"{width} x {height} pixels is not the shape of a picture of one cell")
-        rgb = _to_rgb(image)
-    left, top = (width - side) // 2, (height - side) // 2
-    square = rgb.crop((left, top, left + side, top + side))
-    if side != size:
-        square = square.resize((size, size), Image.Resampling.BICUBIC)
-    return np.asarray(square, dtype=np.uint8)
-
-
-def _to_rgb(image: Image.Image) -> Image.Image:
-    if image.mode == "RGB" and "transparency" not in image.info:
-        return image.convert("RGB")
-    if image.mode.startswith("I"):
-        return _scale_grey(image)
-    if image.mode == "F":
-        raise ValueError("floating-point pixels have no known range; save it with 8 bits")
-    if "A" in image.mode.upper().replace("LAB", "") or "transparency" in image.info:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, layer).convert("RGB")
-    return image.convert("RGB")
-
-
-def _scale_grey(image: Image.Image) -> Image.Image:
-    """16-bit grey to RGB by its full range; Pillow itself would clip everything above 255."""
-    values = np.asarray(image).astype(np.int64)
-    low, high = int(values.min()), int(values.max())
-    if low < 0 or high > 65535 or high < 4096:
-        raise ValueError(
-            f"16-bit grey must use its range 0 to 65535; found {low} to {high}; save it with 8 bits"
+    def __init__(self, file: Path, names: Sequence[str], size: int) -> None:
+        self.part, self.journal = file.with_suffix(".part"), file.with_suffix(".journal")
+        self.names, self.size = names, size
+        self.problems: dict[int, str] = {}
+        self._digests: dict[int, str] = {}
+        header = io.BytesIO()
+        shape = (len(names), size, size, 3)
+        np.lib.format.write_array_header_1_0(
+            header, {"descr": "|u1", "fortran_order": False, "shape": shape}
         )
-    grey = np.round(values / 257).astype(np.uint8)
-    return Image.fromarray(grey).convert("RGB")
+        self._header = header.getvalue()
+
+    @classmethod
+    @contextmanager
+    def claimed(
+        cls, file: Path, names: Sequence[str], size: int, fingerprint: str
+    ) -> Iterator[_Unfinished]:
+        """The array to be made, begun or continued, while no other process may touch it."""
+        lock = file.with_suffix(".lock")
+        with lock.open("ab") as stream:
+            _lock(stream, file.parent)
+            unfinished = cls(file, names, size)
+            unfinished._begin(fingerprint)
+            yield unfinished
+            unfinished.journal.unlink()
+        lock.unlink(missing_ok=True)
+
+    def _begin(self, fingerprint: str) -> None:
+        """Take over the rows of an interrupted run on the same images, or start with empty rows."""
+        good = []
+        try:
+            first, *lines = self.journal.read_text(encoding="utf-8").splitlines()
+            if (
+                json.loads(first) == [fingerprint, CHUNK]
+                and self.part.stat().st_size == self._bytes()
+            ):
+                for line in lines:
+                    self._take(Decoded(**json.loads(line, object_hook=_with_rows)))
+                    good.append(line)
+        except (OSError, ValueError, TypeError, AttributeError):
+            pass  # no journal, or its last line was cut off: what came before is good
+        if good:
+            print(f"Continuing with {len(self._digests)} of {len(self.names)} cells decoded.")
+        else:
+            with self.part.open("wb") as stream:
+                stream.write(self._header)
+                stream.truncate(self._bytes())  # zeros, which take no room on most disks
+        write_text(self.journal, "\n".join((json.dumps([fingerprint, CHUNK]), *good, "")))
+
+    def _bytes(self) -> int:
+        return len(self._header) + len(self.names) * self.size**2 * 3
+
+    def bytes_left(self) -> int:
+        """Bytes still to be written."""
+        return (len(self.names) - len(self._digests)) * self.size**2 * 3
+
+    def _take(self, decoded: Decoded) -> None:
+        self._digests |= dict(enumerate(decoded.digests, decoded.start))
+        self.problems |= decoded.problems
+
+    def decode(self, workers: int) -> None:
+        """Decode all rows that are not there yet, a few tasks in flight at a time."""
+        starts = [start for start in range(0, len(self.names), CHUNK) if start not in self._digests]
+        progress = tqdm(
+            total=len(self.names),
+            initial=len(self._digests),
+            desc=f"decoding to {self.size} px",
+            unit="cell",
+            disable=None,
+        )
+        with (
+            progress,
+            self.journal.open("a", encoding="utf-8") as journal,
+            _executor(workers, len(starts) * CHUNK) as pool,
+        ):
+            waiting: set[Future[Decoded]] = set()
+            try:
+                for start in starts:
+                    waiting.add(pool.submit(decode_chunk, *self._task(start)))
+                    if len(waiting) >= 3 * workers:
+                        waiting = self._collect(waiting, journal, progress)
+                while waiting:
+                    waiting = self._collect(waiting, journal, progress)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+
+    def _task(self, start: int) -> tuple[Chunk, int, Path, int]:
+        names = self.names[start : start + CHUNK]
+        chunk = Chunk(start, [locate(name) for name in names])
+        return chunk, self.size, self.part, len(self._header)
+
+    def _collect(
+        self, waiting: set[Future[Decoded]], journal: IO[str], progress: tqdm[Any]
+    ) -> set[Future[Decoded]]:
+        """Note what is finished; the pixels are in the file before the journal says so."""
+        finished, waiting = wait(waiting, return_when=FIRST_COMPLETED)
+        for future in finished:
+            decoded = future.result()
+            self._take(decoded)
+            journal.write(json.dumps(asdict(decoded)) + "\n")
+            journal.flush()
+            progress.update(len(decoded.digests))
+        return set(waiting)
+
+    def copies(self) -> list[list[int]]:
+        """Rows of images with the same bytes."""
+        groups: dict[str, list[int]] = {}
+        for row in sorted(self._digests):
+            if row not in self.problems:
+                groups.setdefault(self._digests[row], []).append(row)
+        return [rows for rows in groups.values() if len(rows) > 1]
+
+
+def _with_rows(value: dict[str, Any]) -> dict[Any, Any]:
+    """JSON knows text keys only; those of `problems` are rows."""
+    return {int(key) if key.isdigit() else key: item for key, item in value.items()}
+
+
+def _executor(workers: int, images: int) -> Executor:
+    """Processes for many images; threads for few, since Pillow decodes without the interpreter's lock."""
+    if workers == 1 or images < PROCESSES_FROM:
+        return ThreadPoolExecutor(workers)
+    # Not forked: a process with threads (torch has some) must not be.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=ignore_interrupts)
+
+
+def _lock(stream: IO[bytes], folder: Path) -> None:
+    """Hold the file until it is closed, or the process ends in whatever way.
+
+    Raises:
+        UserError: another process holds it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # not on Windows
+        return
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        raise UserError(
+            f"Only one process may decode cells into {folder}. Another one is at work there: wait for it."
+        ) from error

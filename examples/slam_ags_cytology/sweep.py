@@ -28,6 +28,7 @@ from typing import Any
 
 import torch
 
+from .arms import ARMS, check_arm
 from .bags import BagsConfig, bags
 from .colour import COLOUR, colour
 from .embed import EmbedConfig, embed
@@ -36,7 +37,7 @@ from .evaluate import EvaluateConfig, check_top_k, evaluate, measure_arm
 from .files import write_text
 from .manifest import read_manifest
 from .mil import MilConfig, mil
-from .pretrain import ARMS, PretrainConfig, pretrain
+from .pretrain import PretrainConfig, pretrain
 from .recipe import Recipe
 from .report import ReportConfig, report
 from .results import read_status
@@ -166,11 +167,10 @@ def run_folder(out: Path, rate: float, draw: int) -> Path:
 
 
 def _check(config: SweepConfig) -> None:
-    unknown = [arm for arm in config.arms if arm not in ARMS]
-    if unknown or not config.arms:
-        raise UserError(
-            f"arms must be some of {', '.join(ARMS)}. Got {', '.join(unknown) or 'none'}."
-        )
+    if not config.arms:
+        raise UserError(f"arms must be some of {', '.join(ARMS)}. Got none.")
+    for arm in config.arms:
+        check_arm(arm)
     if config.draws < 1:
         raise UserError(f"draws must be at least 1. Got {config.draws}. Take 3 or more.")
     if config.workers is not None and config.workers < 1:

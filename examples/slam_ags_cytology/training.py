@@ -6,23 +6,27 @@ import csv
 import math
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from agsurgery import AGS, CAGrad, GradientSurgery, PCGrad, Sum, SurgeryReport
+from agsurgery import GradientSurgery, SurgeryReport
 
 from . import views
+from .arms import reconcile
 from .balance import CappedShare
+from .distributed import World, average_statistics, surgery_options
 from .files import replacing
 from .indicators import spread, verdict
-from .losses import chance, contrastive_loss, similarity_loss
+from .losses import chance, contrastive_loss
 from .networks import Pretrained
+from .objectives import forward, pair_losses, slide_label_loss
 from .pretrain_config import PretrainConfig
 from .store import CellStore
 
@@ -48,124 +52,231 @@ class Training:
         store: CellStore,
         sides: list[Side],
         steps: int,
+        world: World | None = None,
     ) -> None:
         self.config, self.model, self.store = config, model, store
         self.sides, self.steps = sides, steps
+        self.world = World() if world is None else world
         self.device = next(model.parameters()).device
-        self.augment = views.RandomViews(config.crop, jitter=config.jitter, stain=config.stain)
+        self.augment = _views(config)
+        self.classifier = nn.Linear(config.outputs, 1) if config.arm == "sil" else None
+        groups = [[*model.encoder.parameters()], [*model.projector.parameters()]]
+        if self.classifier is not None:
+            self.classifier.to(self.device)
+            groups[1] += self.classifier.parameters()
         base = torch.optim.SGD(
-            model.parameters(),
+            [{"params": group} for group in groups],
             lr=config.lr,
             momentum=config.momentum,
             weight_decay=config.weight_decay,
         )
-        self.balance = _balance(config)
-        self.optimizer = GradientSurgery(base, Sum() if config.arm == "simclr" else self.balance)
-        total, warm = steps * config.epochs, max(1, round(config.warmup * steps * config.epochs))
-
-        def factor(step: int) -> float:
-            if step < warm:
-                return (step + 1) / warm
-            return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
-
-        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, factor)
+        share = None if config.similarity_share == "progress" else config.similarity_share
+        self.method = reconcile(config.arm, share, config.max_scale)
+        self.optimizer = GradientSurgery(
+            base,
+            self.method,
+            granularity={"part": "group"}.get(config.granularity, config.granularity),
+            **surgery_options(self.world),
+        )
+        # Disabled, it hands everything through. The usual first scale, 65536, would overflow and skip the first step.
+        self.scaler = torch.amp.GradScaler(
+            self.device.type, init_scale=1024.0, enabled=config.precision == "fp16"
+        )
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, self._factor)
         self.log: list[dict[str, float]] = []
+        self.done = 0
         self.seconds = 0.0
+
+    def _factor(self, step: int) -> float:
+        """Learning rate at a step, relative to its peak."""
+        config = self.config
+        if config.schedule == "epochs":
+            step //= self.steps
+            total, warm = config.epochs, max(1, round(config.warmup * config.epochs))
+            rise = 0.1 + 0.9 * step / warm
+        else:
+            total = self.steps * config.epochs
+            warm = max(1, round(config.warmup * total))
+            rise = (step + 1) / warm
+        if step < warm:
+            return rise
+        return 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
     def run(self, folder: Path) -> dict[str, Any]:
         """Train from the last checkpoint, if there is one, to the end; return the status."""
         config = self.config
         first = self._restore(folder / "checkpoint.pt")
         self.model.train()
+        board = _Board(folder / "tensorboard", self.done, config.tensorboard and self.world.leads)
         bar = tqdm(
             total=config.epochs * self.steps,
             initial=first * self.steps,
             desc=f"pretrain {config.arm}",
             unit="step",
-            disable=None,  # not into a log file
+            disable=None if self.world.leads else True,  # None: not into a log file
         )
-        with bar:
+        with bar, board:
             for epoch in range(first, config.epochs):
                 begin = time.monotonic()
                 for batch in self._epoch(epoch):
                     row = self._step(epoch, batch)
-                    bar.set_postfix_str(f"contrastive {row['loss_contrastive']:.2f}", refresh=False)
+                    if row is not None:
+                        board.write(row)
+                        shown = row[f"loss_{self._loss}"]
+                        bar.set_postfix_str(f"{self._loss} {shown:.2f}", refresh=False)
                     bar.update()
                 self.seconds += time.monotonic() - begin
-                self._save(folder, epoch + 1)
-        reference = chance(round(self._contrastive_patches()))
-        last = self.log[-1]
+                average_statistics(self.model, self.world)
+                if self.world.leads:
+                    self._save(folder, epoch + 1)
+                    if bar.disable:
+                        self._say(epoch + 1, first)
+        return self._status()
+
+    @property
+    def _loss(self) -> str:
+        """The objective that has a chance value: that of the labels for `sil`, else the contrastive one."""
+        return "slide_label" if self.config.arm == "sil" else "contrastive"
+
+    def _status(self) -> dict[str, Any]:
+        reference, last = self._chance(), self.log[-1]
         return {
-            **asdict(verdict(self.log, reference)),
+            **asdict(verdict(self.log, reference, f"loss_{self._loss}")),
             "chance": reference,
             "final_contrastive": last["loss_contrastive"],
             "final_similarity": last["loss_similarity"],
+            "final_slide_label": last["loss_slide_label"],
             "effective_rank": last["effective_rank"],
             "std": last["std"],
-            "steps": len(self.log),
+            "conflict_rate": self._mean("conflict"),
+            "mean_cosine": self._mean("cosine"),
+            "mean_scale": self._mean("scale"),
+            "steps": self.done,
             "seconds": round(self.seconds, 1),
         }
 
-    def _contrastive_patches(self) -> float:
-        sides = self.sides if self.config.arm == "simclr" else self.sides[:1]
-        return sum(len(side.rows) for side in sides) / self.steps
+    def _mean(self, column: str) -> float:
+        """Over the whole training; NaN where an arm has no such column."""
+        return sum(row[column] for row in self.log) / len(self.log)
+
+    def _chance(self) -> float:
+        """The loss of a network to which all patches look alike."""
+        counts = [len(side.rows) for side in self.sides]
+        if self.config.arm == "sil":
+            share = counts[0] / sum(counts)
+            return -share * math.log(share) - (1 - share) * math.log(1 - share)
+        patches = sum(counts) if self.config.arm == "simclr" else counts[0]
+        return chance(round(patches / self.steps / self.world.size))
+
+    def _say(self, done: int, first: int) -> None:
+        """Progress for a log file: about ten lines in all."""
+        epochs = self.config.epochs
+        if done % max(1, epochs // 10) and done != epochs:
+            return
+        left = self.seconds / done * (epochs - done) / 60
+        value = self.log[-1][f"loss_{self._loss}"]
+        print(
+            f"pretrain {self.config.arm}: epoch {done} of {epochs}, {self._loss} loss {value:.2f}, "
+            f"about {left:.1f} minutes left",
+            flush=True,
+        )
 
     def _epoch(self, epoch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Batches of an epoch; they depend on seed and epoch alone, so that a resumed run sees the same."""
+        """Pixels of the batches of an epoch, those of positive slides and those of negative ones.
+
+        They depend on seed and epoch alone, so that a resumed run sees the same. A thread reads the next batch
+        while this one is computed on.
+        """
         # The views are drawn from torch's generator.
-        torch.manual_seed(1_000_003 * self.config.seed + epoch)
+        torch.manual_seed(view_seed(self.config.seed, epoch, self.world.rank))
         generator = np.random.default_rng((self.config.seed, epoch))
         positive, negative = (side.batches(self.steps, generator) for side in self.sides)
-        yield from zip(positive, negative, strict=True)
+        pairs = zip(positive, negative, strict=True)
+        batches = [tuple(self.world.part(rows) for rows in pair) for pair in pairs]
+        with ThreadPoolExecutor(1) as reader:
+            waiting = reader.submit(self._read, batches[0])
+            for following in [*batches[1:], None]:
+                pixels = waiting.result()
+                if following is not None:
+                    waiting = reader.submit(self._read, following)
+                yield pixels
 
-    def _step(self, epoch: int, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, float]:
-        self.balance.active = (
-            len(self.log) >= self.config.similarity_start * self.steps * self.config.epochs
-        )
+    def _read(self, batch: tuple[np.ndarray, ...]) -> tuple[np.ndarray, np.ndarray]:
+        positive, negative = (self.store.images[rows] for rows in batch)
+        return positive, negative
+
+    def _step(self, epoch: int, batch: tuple[np.ndarray, np.ndarray]) -> dict[str, float] | None:
+        """One step; its row of the log, if it is due."""
+        config = self.config
         losses, outputs = self._losses(batch)
+        self._set_balance(losses)
         self.optimizer.zero_grad()
-        report = self.optimizer.backward(losses)
-        self.optimizer.step()
+        report = self.optimizer.backward(losses, scaler=self.scaler)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         lr = self.scheduler.get_last_lr()[0]
         self.scheduler.step()
-        row = {"step": len(self.log), "epoch": epoch, "lr": lr, **_describe(report)}
+        step = self.done
+        self.done += 1
+        if step % config.log_every and self.done < self.steps * config.epochs:
+            return None
+        row = {"step": step, "epoch": epoch, "lr": lr, **_describe(report)}
         alive = spread(outputs)
         row |= {"std": alive.std, "effective_rank": alive.effective_rank}
         self.log.append(row)
         return row
 
-    def _losses(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[dict[str, Tensor], Tensor]:
-        """The losses by task, and the projector outputs of the patches that are contrasted."""
+    def _set_balance(self, losses: dict[str, Tensor]) -> None:
+        """Say how long the similarity gradient may be in this step."""
+        if not isinstance(self.method, CappedShare):
+            return
         config = self.config
-        positive, negative = (self._two_views(rows) for rows in batch)
+        total = self.steps * config.epochs
+        self.method.active = self.done >= config.similarity_start * total
+        if config.similarity_share == "progress":
+            fallen = 1 - losses["contrastive"].detach() / self._chance()
+            self.method.share = fallen.clamp(min=0)
+
+    def _losses(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[dict[str, Tensor], Tensor]:
+        """The losses by task, and the projector outputs of the patches that are contrasted (all, with labels)."""
+        config = self.config
+        positive, negative = (
+            self._two_views(pixels, negative=bool(side)) for side, pixels in enumerate(batch)
+        )
+        dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
+        with torch.autocast(self.device.type, dtype, enabled=config.precision != "fp32"):
+            if config.arm == "simclr":
+                joint = (positive[0], negative[0], positive[1], negative[1])
+                outputs = self.model(torch.cat(joint)).float()
+            else:
+                of_positive, of_negative = forward(
+                    self.model, positive, negative, config.statistics
+                )
         if config.arm == "simclr":
-            outputs = self.model(torch.cat((positive[0], negative[0], positive[1], negative[1])))
             return {"contrastive": contrastive_loss(*outputs.chunk(2), config.temperature)}, outputs
-        if config.statistics == "shared":
-            outputs = self.model(torch.cat((*positive, *negative)))
-            of_positive, of_negative = outputs.split((2 * len(batch[0]), 2 * len(batch[1])))
-        else:
-            of_positive, of_negative = (
-                self.model(torch.cat(positive)),
-                self.model(torch.cat(negative)),
-            )
-        losses = {
-            "contrastive": contrastive_loss(*of_positive.chunk(2), config.temperature),
-            "similarity": similarity_loss(of_negative, config.similarity_temperature),
-        }
+        if self.classifier is not None:
+            losses = slide_label_loss(of_positive, of_negative, self.classifier)
+            return losses, torch.cat((of_positive, of_negative))
+        losses = pair_losses(
+            of_positive, of_negative, config.temperature, config.similarity_temperature
+        )
         return losses, of_positive
 
-    def _two_views(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        images = views.to_float(self.store.images[rows]).to(self.device)
-        return self.augment(images), self.augment(images)
+    def _two_views(self, pixels: np.ndarray, *, negative: bool) -> tuple[Tensor, Tensor]:
+        first, second = self.augment.pair(views.to_float(pixels, self.device), negative=negative)
+        return first, second
 
     def _save(self, folder: Path, epochs_done: int) -> None:
         state = {
             "epochs_done": epochs_done,
             "model": self.model.state_dict(),
+            "classifier": None if self.classifier is None else self.classifier.state_dict(),
             "optimizer": self.optimizer.state_dict(),
+            "method": self.method.state_dict() if isinstance(self.method, CappedShare) else {},
+            "scaler": self.scaler.state_dict(),
             "scheduler": self.scheduler.state_dict(),
             "log": self.log,
+            "done": self.done,
             "seconds": self.seconds,
         }
         with replacing(folder / "checkpoint.pt") as temporary:
@@ -184,17 +295,57 @@ class Training:
             return 0
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
+        if self.classifier is not None:
+            self.classifier.load_state_dict(state["classifier"])
         self.optimizer.load_state_dict(state["optimizer"])
+        if isinstance(self.method, CappedShare):
+            self.method.load_state_dict(state["method"])
+        self.scaler.load_state_dict(state["scaler"])
         self.scheduler.load_state_dict(state["scheduler"])
-        self.log, self.seconds = state["log"], state["seconds"]
-        print(f"Continuing after epoch {state['epochs_done']} of {self.config.epochs}.")
+        self.log, self.done, self.seconds = state["log"], state["done"], state["seconds"]
+        if self.world.leads:
+            print(f"Continuing after epoch {state['epochs_done']} of {self.config.epochs}.")
         return int(state["epochs_done"])
 
 
-def _balance(config: PretrainConfig) -> CappedShare:
-    methods = {"ags": AGS(), "pcgrad": PCGrad(), "cagrad": CAGrad(), "sum": Sum()}
-    share = math.inf if config.similarity_share is None else config.similarity_share
-    return CappedShare(methods.get(config.arm, Sum()), share)
+def view_seed(seed: int, epoch: int, rank: int) -> int:
+    """Seed of the views of an epoch; every process draws its own, the first those of a single process."""
+    if rank == 0:
+        return 1_000_003 * seed + epoch
+    return int(np.random.SeedSequence((seed, epoch, rank)).generate_state(1, np.uint32)[0])
+
+
+def _views(config: PretrainConfig) -> nn.Module:
+    if config.augmentation == "paper":
+        return views.PublishedViews(config.crop, jitter=config.jitter, hue=config.stain)
+    return views.RandomViews(config.crop, jitter=config.jitter, stain=config.stain)
+
+
+class _Board:
+    """The log as TensorBoard reads it; does nothing where it is not wanted."""
+
+    def __init__(self, folder: Path, first: int, wanted: bool) -> None:
+        self.writer: Any = None
+        if wanted:
+            from torch.utils.tensorboard import SummaryWriter
+
+            # Steps after the checkpoint that a killed run wrote are hidden.
+            self.writer = SummaryWriter(str(folder), purge_step=first)
+
+    def __enter__(self) -> _Board:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.writer is not None:
+            self.writer.close()
+
+    def write(self, row: dict[str, float]) -> None:
+        """All finite columns of a row but its position."""
+        if self.writer is None:
+            return
+        for name, value in row.items():
+            if name not in ("step", "epoch") and math.isfinite(value):
+                self.writer.add_scalar(name, value, int(row["step"]))
 
 
 def _describe(report: SurgeryReport) -> dict[str, float]:
@@ -203,12 +354,16 @@ def _describe(report: SurgeryReport) -> dict[str, float]:
     missing = math.nan
     cosine = values.get("cosine/similarity/contrastive", missing)
     several = len(report.tasks) > 1  # a single task shares nothing, and has no Gramian
+    scales = [value for name, value in values.items() if name.split("/")[0] == "scale"]
     return {
-        "loss_contrastive": values["loss/contrastive"],
+        "loss_contrastive": values.get("loss/contrastive", missing),
         "loss_similarity": values.get("loss/similarity", missing),
+        "loss_slide_label": values.get("loss/slide_label", missing),
         "cosine": cosine,
         "conflict": float(cosine < 0) if cosine == cosine else missing,
-        "scale": values["scale"],
+        "scale": sum(scales) / len(scales),
         "norm_contrastive": values["norm/contrastive"] if several else missing,
-        "norm_similarity": values.get("norm/similarity", missing),
+        "norm_similarity": values.get("norm/similarity", missing) if several else missing,
+        "weight_contrastive": values.get("weight/contrastive", missing) if several else missing,
+        "weight_similarity": values.get("weight/similarity", missing) if several else missing,
     }

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import shutil
+import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -280,7 +282,6 @@ def test_listing_order_of_the_file_system_does_not_matter(
 
 REFUSALS: dict[str, tuple[dict[str, object], str]] = {
     "no source": ({"cells": None}, r"Found neither"),
-    "two sources": ({"slides": Path("slides.csv")}, r"Found both"),
     "no folder": ({"cells": Path("absent")}, r"absent: There is no such folder"),
     "witness rate 0": ({"witness_rate": 0.0}, r"witness_rate .* Found 0.0"),
     "witness rate in percent": ({"witness_rate": 5.0}, r"Found 5.0. For instance 0.05"),
@@ -643,6 +644,94 @@ def test_changed_slides_are_noticed(tmp_path: Path) -> None:
     save_slides(tmp_path, slide_rows(11))
     with pytest.raises(UserError, match="other input"):
         bags(BagsConfig(tmp_path / "out", slides=source))
+
+
+def save_slide_folders(folder: Path, per_label: int = 10) -> Path:
+    """CELLS/S00/0.png and so on, deeper for some slides, and a table of the slides."""
+    files = [
+        f"S{label}{slide}/{'scan/' if slide % 2 else ''}{cell}.png"
+        for label in (0, 1)
+        for slide in range(per_label)
+        for cell in range(3 + slide)
+    ]
+    touch(folder / "cells", files)
+    rows = [f"S{label}{slide},{label}" for label in (0, 1) for slide in range(per_label)]
+    (folder / "labels.csv").write_text("\n".join(["bag,label", *rows]) + "\n")
+    return folder / "labels.csv"
+
+
+def test_a_folder_per_slide_and_a_table_of_labels_make_bags_of_unknown_cells(
+    tmp_path: Path,
+) -> None:
+    table = save_slide_folders(tmp_path)
+    target = bags(BagsConfig(tmp_path / "out", cells=tmp_path / "cells", slides=table))
+    frame = read_manifest(target)
+    assert frame["instance_label"].isna().all()
+    assert pd.read_csv(target)["instance_label"].isna().all()
+    assert frame.groupby("bag").size().to_dict() == {
+        f"S{label}{slide}": 3 + slide for label in (0, 1) for slide in range(10)
+    }
+    assert (frame["label"].astype(str) == frame["bag"].str[1]).all()
+    assert all(row.bag in row.path.split(os.sep) for row in frame.itertuples())
+    assert frame.groupby("bag")["split"].nunique().eq(1).all()
+    numbers = json.loads((tmp_path / "out" / "bags.json").read_text())["summary"]["train"]
+    assert numbers["witness_rate"] is None
+    assert numbers["unlabelled_cells"] == int(
+        ((frame["split"] == "train") & (frame["label"] == 1)).sum()
+    )
+
+
+def test_a_slide_may_be_an_archive_of_cells(tmp_path: Path) -> None:
+    table = save_slide_folders(tmp_path)
+    with tarfile.open(tmp_path / "cells" / "S00.tar", "w") as archive:
+        for cell in range(3):
+            archive.add(tmp_path / "cells" / "S00" / f"{cell}.png", f"{cell}.png")
+    shutil.rmtree(tmp_path / "cells" / "S00")
+    table.write_text(table.read_text().replace("S00,", "S00.tar,"))
+    frame = read_manifest(
+        bags(BagsConfig(tmp_path / "out", cells=tmp_path / "cells", slides=table))
+    )
+    inside = frame.loc[frame["bag"] == "S00.tar", "path"]
+    assert [Path(path).name for path in inside] == ["0.png", "1.png", "2.png"]
+
+
+def test_a_new_image_in_a_folder_of_slides_is_noticed(tmp_path: Path) -> None:
+    table = save_slide_folders(tmp_path)
+    settings_ = BagsConfig(tmp_path / "out", cells=tmp_path / "cells", slides=table)
+    bags(settings_)
+    touch(tmp_path / "cells", ["S00/new.png"])
+    with pytest.raises(UserError, match="other input"):
+        bags(settings_)
+
+
+FOLDER_REFUSALS: dict[str, tuple[Callable[[str], str], str]] = {
+    "slide without a folder": (lambda text: text + "S77,1\n", r"Not there: 'S77'"),
+    "slide listed twice": (lambda text: text + "S00,0\n", r"list a slide once. .*S00"),
+    "wrong label": (lambda text: text.replace("S01,0", "S01,ill"), r"Found 'ill' \(line 3\)"),
+    "list of images": (
+        lambda text: "path,bag,label\na.png,S00,0\n",
+        r"lists images \(column path\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FOLDER_REFUSALS)
+def test_folders_of_slides_that_cannot_be_used_are_refused(tmp_path: Path, case: str) -> None:
+    change, pattern = FOLDER_REFUSALS[case]
+    table = save_slide_folders(tmp_path)
+    table.write_text(change(table.read_text()))
+    with pytest.raises(UserError, match=f"(?s){pattern}"):
+        bags(BagsConfig(tmp_path / "out", cells=tmp_path / "cells", slides=table))
+
+
+def test_folders_without_a_label_are_named_and_not_used(tmp_path: Path, capsys: object) -> None:
+    table = save_slide_folders(tmp_path)
+    touch(tmp_path / "cells", ["other/1.png"])
+    frame = read_manifest(
+        bags(BagsConfig(tmp_path / "out", cells=tmp_path / "cells", slides=table))
+    )
+    assert "1 folders are no slides" in capsys.readouterr().out  # type: ignore[attr-defined]
+    assert "other" not in set(frame["bag"])
 
 
 SLIDE_REFUSALS: dict[str, tuple[list[str], str, dict[str, object], str]] = {

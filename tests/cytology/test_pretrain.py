@@ -1,9 +1,16 @@
 """Pretraining of all arms on tiny synthetic cells: what it writes, repeats, continues and refuses."""
 
 import dataclasses
+import inspect
 import json
 import math
+import os
+import pickle
+import re
 import shutil
+import signal
+import subprocess
+import sys
 from collections import Counter
 from itertools import chain
 
@@ -14,18 +21,19 @@ import torch
 
 from examples.slam_ags_cytology import pretrain as module
 from examples.slam_ags_cytology import training as loop
-from examples.slam_ags_cytology.bags import BagsConfig, bags
 from examples.slam_ags_cytology.errors import UserError
 from examples.slam_ags_cytology.indicators import Verdict
 from examples.slam_ags_cytology.networks import load_encoder
 from examples.slam_ags_cytology.pretrain import ARMS, PretrainConfig, pretrain
+from examples.slam_ags_cytology.pretrain_config import PUBLISHED, published
 from examples.slam_ags_cytology.store import open_store
-from examples.slam_ags_cytology.synthetic import SyntheticConfig, synthetic
 from examples.slam_ags_cytology.views import RandomViews
+from tests.cytology._tiny import draw_tiny
 
 COLUMNS = (
-    *("step", "epoch", "lr", "loss_contrastive", "loss_similarity", "cosine", "conflict", "scale"),
-    *("norm_contrastive", "norm_similarity", "std", "effective_rank"),
+    *("step", "epoch", "lr", "loss_contrastive", "loss_similarity", "loss_slide_label"),
+    *("cosine", "conflict", "scale", "norm_contrastive", "norm_similarity"),
+    *("weight_contrastive", "weight_similarity", "std", "effective_rank"),
 )
 CELLS = 40  # of each side: 4 training bags of 10 cells; also steps = 80 / 16 = 5
 STEPS = 5
@@ -37,12 +45,7 @@ TINY = PretrainConfig(
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
     """A run folder with cells, manifest and decoded store, never written to by a test."""
-    out = tmp_path_factory.mktemp("drawn")
-    cells = synthetic(SyntheticConfig(out, normal=180, abnormal=40, size=32))
-    shapes = {"bag_size": 10, "witness_rate": 0.2, "train_bags": 4, "val_bags": 1, "test_bags": 1}
-    classes = {"normal": ("LYT", "MON", "NGS"), "positive": ("BLA", "PMO")}
-    bags(BagsConfig(out, cells=cells, **classes, **shapes))
-    return out
+    return draw_tiny(tmp_path_factory.mktemp("drawn"))
 
 
 @pytest.fixture
@@ -86,7 +89,10 @@ def files(folder):
 # --- what a run writes ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("arm", [arm for arm in ARMS if arm != "random"])
+OTHERS = ("upgrad", "gradvac", "nashmtl")  # stateless, and with a state of their own
+
+
+@pytest.mark.parametrize("arm", [arm for arm in (*ARMS, *OTHERS) if arm != "random"])
 def test_each_arm_trains_and_records_what_it_did(out, arm):
     path = pretrain(tiny(out, arm=arm))
     assert path == out / "pretrain" / arm / "encoder.pt"
@@ -95,18 +101,34 @@ def test_each_arm_trains_and_records_what_it_did(out, arm):
     assert tuple(log.columns) == COLUMNS
     assert log["step"].tolist() == [*range(2 * STEPS)]
     assert log["epoch"].tolist() == [0] * STEPS + [1] * STEPS
-    assert log["loss_contrastive"].between(0, 20).all()
     of_pairs = ["loss_similarity", "cosine", "conflict", "norm_contrastive", "norm_similarity"]
-    assert log[of_pairs].isna().all(axis=None) == (arm == "simclr")
-    assert log[of_pairs].notna().all(axis=None) == (arm != "simclr")
+    single = arm in ("simclr", "sil")
+    assert log[of_pairs].isna().all(axis=None) == single
+    assert log[of_pairs].notna().all(axis=None) == (not single)
+    judged = "slide_label" if arm == "sil" else "contrastive"
+    other = "contrastive" if arm == "sil" else "slide_label"
+    assert log[f"loss_{judged}"].between(0, 20).all()
+    assert log[f"loss_{other}"].isna().all()
     status = status_of(path)
     last = log.iloc[-1]
     assert status["steps"] == 2 * STEPS
-    assert status["final_contrastive"] == last["loss_contrastive"]
+    assert status[f"final_{judged}"] == last[f"loss_{judged}"]
+    assert status[f"final_{other}"] is None
     assert status["effective_rank"] == last["effective_rank"]
-    assert (status["final_similarity"] is None) == (arm == "simclr")
+    assert (status["final_similarity"] is None) == single
+    if single:
+        assert status["conflict_rate"] is None
+    else:
+        assert status["conflict_rate"] == pytest.approx(log["conflict"].mean())
+        assert status["mean_cosine"] == pytest.approx(log["cosine"].mean())
+        weights_ = log[["weight_contrastive", "weight_similarity"]]
+        assert weights_.notna().all(axis=None)
+        assert (weights_["weight_similarity"][:3] == 0).all()  # not switched on yet
+        assert (weights_["weight_similarity"][4:] > 0).all()
+    assert status["mean_scale"] == pytest.approx(log["scale"].mean())
     patches = 2 * CELLS // STEPS if arm == "simclr" else CELLS // STEPS
-    assert status["chance"] == pytest.approx(math.log(2 * patches - 1))
+    expected = math.log(2) if arm == "sil" else math.log(2 * patches - 1)
+    assert status["chance"] == pytest.approx(expected)
     settings = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))
     assert (settings["arm"], settings["lr"], settings["similarity_share"]) == (arm, 0.02, 0.1)
     network, extra = load_encoder(path)
@@ -145,13 +167,13 @@ def test_colours_are_standardised_by_the_training_cells(out):
 @pytest.mark.parametrize("arm", ["ags", "simclr"])
 def test_every_training_cell_is_seen_once_per_epoch_on_its_own_side(out, monkeypatch, arm):
     seen = []
-    original = loop.Training._two_views
+    original = loop.Training._read
 
-    def spy(training, rows):
-        seen.append(training.store.paths[row] for row in rows)
-        return original(training, rows)
+    def spy(training, batch):
+        seen.extend([training.store.paths[row] for row in rows] for rows in batch)
+        return original(training, batch)
 
-    monkeypatch.setattr(loop.Training, "_two_views", spy)
+    monkeypatch.setattr(loop.Training, "_read", spy)
     pretrain(tiny(out, arm=arm))
     seen = [[str(path) for path in batch] for batch in seen]
     manifest = pd.read_csv(out / "manifest.csv")
@@ -237,6 +259,8 @@ VIEWS = 4 * STEPS  # drawn in an epoch: two of each side in a step
         ("ags", VIEWS // 2, 0),
         ("ags", 2 * VIEWS - 3, 1),
         ("cagrad", VIEWS + 1, 1),
+        ("gradvac", VIEWS + 1, 1),  # remembers
+        ("sil", VIEWS + 1, 1),  # has a classifier beside the model
         ("simclr", 2 * VIEWS, 1),
     ],
 )
@@ -260,6 +284,37 @@ def test_an_interrupted_run_ends_as_if_it_had_not_been(
     a, b = status_of(path), status_of(whole)
     assert {**a, "seconds": 0} == {**b, "seconds": 0}
     assert not (folder / "checkpoint.pt").exists()
+
+
+KILLED = """
+import os, pickle, signal, sys
+from examples.slam_ags_cytology import training
+from examples.slam_ags_cytology.pretrain import pretrain
+original, calls = training.Training._step, []
+def step(*arguments):
+    calls.append(arguments)
+    if len(calls) == 8:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+training.Training._step = step
+pretrain(pickle.loads(bytes.fromhex(sys.argv[1])))
+"""
+
+
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+def test_a_killed_run_ends_as_if_it_had_not_been(out, tmp_path, capsys, precision):
+    changes = {"arm": "gradvac", "precision": precision, "workers": 1}
+    whole = pretrain(tiny(shutil.copytree(out, tmp_path / "whole"), **changes))
+    settings = pickle.dumps(tiny(out, **changes)).hex()
+    # One thread, as here: sums in another order would differ in the last bit.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLED, settings]
+    ended = subprocess.run(command, env=environment, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    path = pretrain(tiny(out, **changes))
+    assert "Continuing after epoch 1 of 2." in capsys.readouterr().out
+    assert same(path, whole)
+    assert (path.parent / "log.csv").read_bytes() == (whole.parent / "log.csv").read_bytes()
 
 
 def test_a_run_interrupted_at_its_very_end_trains_no_more(out, tmp_path, monkeypatch):
@@ -326,8 +381,184 @@ def test_the_published_settings_run(out):
     assert load_encoder(path)[0](torch.rand(2, 3, 28, 28)).shape == (2, 512)
 
 
+def test_the_paper_switch_sets_every_published_value_and_keeps_what_was_set_by_hand(tmp_path):
+    config = published(PretrainConfig(tmp_path, paper=True, epochs=3, temperature=0.5))
+    for name, value in PUBLISHED.items():
+        if name not in ("epochs", "temperature"):
+            assert getattr(config, name) == value, name
+    assert (config.epochs, config.temperature) == (3, 0.5)
+    assert published(PretrainConfig(tmp_path, epochs=3)) == PretrainConfig(tmp_path, epochs=3)
+    # Every setting whose help names a value of the paper is one of them.
+    source = inspect.getsource(PretrainConfig)
+    told = re.findall(r'^    (\w+):[^\n]*\n    """((?:(?!""").)*)"""', source, re.M | re.S)
+    named = {name for name, text in told if "paper:" in text.lower() and name != "paper"}
+    assert named <= {*PUBLISHED}
+    assert {*PUBLISHED} - named <= {
+        "similarity_share",
+        "max_scale",
+        "encoder",
+        "augmentation",
+        "colours",
+    }
+
+
+def test_the_paper_switch_trains_as_the_published_settings_one_by_one(out, tmp_path):
+    small = {"patch": 32, "crop": 28, "epochs": 1, "batch": 16, "hidden": 16, "outputs": 8}
+    paper = PretrainConfig(out, arm="sum", paper=True, **small)
+    by_hand = {**PUBLISHED, **small}
+    other = shutil.copytree(out, tmp_path / "other")
+    first, second = pretrain(paper), pretrain(PretrainConfig(other, arm="sum", **by_hand))
+    assert same(first, second)
+    settings = json.loads((first.parent / "config.json").read_text())
+    assert settings["similarity_share"] is None
+    assert settings["statistics"] == "views"
+    mean = weights(first)["encoder.mean"].flatten().tolist()
+    assert mean == pytest.approx([0.6009, 0.5513, 0.7394])
+
+
+def test_the_published_schedule_moves_once_per_epoch(out):
+    settings = {"schedule": "epochs", "epochs": 6, "warmup": 0.34, "lr": 0.01}
+    log = log_of(pretrain(tiny(out, arm="sum", **settings)))
+    by_epoch = log.groupby("epoch")["lr"]
+    assert by_epoch.nunique().eq(1).all()
+    rise, fall = [0.1, 0.55], [0.5 * (1 + math.cos(math.pi * k / 4)) for k in range(4)]
+    assert by_epoch.first().tolist() == pytest.approx([0.01 * value for value in rise + fall])
+
+
+@pytest.mark.parametrize(("statistics", "passes"), [("shared", 1), ("separate", 2), ("views", 4)])
+def test_statistics_are_the_number_of_forward_passes(out, monkeypatch, statistics, passes):
+    sizes = []
+    original = loop.Pretrained.forward
+
+    def count(model, images):
+        sizes.append(len(images))
+        return original(model, images)
+
+    monkeypatch.setattr(loop.Pretrained, "forward", count)
+    pretrain(tiny(out, epochs=1, statistics=statistics))
+    assert sizes == [4 * CELLS // STEPS // passes] * passes * STEPS
+
+
+SLOW = pytest.mark.slow  # no convolutions in fp16 on most CPUs: they are emulated
+
+
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=SLOW)])
+@pytest.mark.parametrize("arm", ["ags", "simclr", "sil"])
+def test_lower_precision_trains_close_to_full_precision(out, tmp_path, arm, precision):
+    settings = {"arm": arm, "epochs": 1, "lr": 0.002}  # small steps: errors do not grow
+    full = log_of(pretrain(tiny(shutil.copytree(out, tmp_path / "full"), **settings)))
+    log = log_of(pretrain(tiny(out, precision=precision, **settings)))
+    name = "loss_slide_label" if arm == "sil" else "loss_contrastive"
+    assert log[name].iloc[0] != full[name].iloc[0]
+    assert log[name].tolist() == pytest.approx(full[name].tolist(), rel=0.02)
+
+
+def test_channels_last_changes_speed_only(out, tmp_path):
+    other = shutil.copytree(out, tmp_path / "other")
+    logs = [
+        log_of(pretrain(tiny(folder, channels_last=last, epochs=1)))
+        for folder, last in ((out, True), (other, False))
+    ]
+    column = "loss_contrastive"
+    assert logs[0][column].tolist() == pytest.approx(logs[1][column].tolist(), rel=1e-4)
+
+
+def test_rows_of_the_log_can_be_rare(out, tmp_path):
+    whole = pretrain(tiny(shutil.copytree(out, tmp_path / "whole")))
+    path = pretrain(tiny(out, log_every=4))
+    assert log_of(path)["step"].tolist() == [0, 4, 8, 9]  # and the last
+    assert status_of(path)["steps"] == 2 * STEPS
+    assert same(path, whole)
+
+
+def test_granularity_part_reconciles_encoder_and_projector_apart(out, tmp_path):
+    settings = {"arm": "pcgrad", "similarity_share": None, "similarity_start": 0.0, "epochs": 1}
+    paths = {
+        granularity: pretrain(
+            tiny(shutil.copytree(out, tmp_path / granularity), granularity=granularity, **settings)
+        )
+        for granularity in ("global", "part", "parameter")
+    }
+    assert not same(paths["global"], paths["part"])
+    assert not same(paths["part"], paths["parameter"])
+    assert all(log_of(path).notna().any().loc["cosine"] for path in paths.values())
+
+
+def test_the_limit_of_the_norm_restoring_factor_reaches_ags(out):
+    settings = {"similarity_share": None, "similarity_start": 0.0}
+    log = log_of(pretrain(tiny(out, max_scale=0.5, **settings)))
+    assert log["scale"].le(0.5).all()
+
+
+def test_by_progress_the_share_is_how_far_the_contrastive_loss_has_fallen(out, monkeypatch):
+    shares = []
+    original = loop.Training._set_balance
+
+    def spy(training, losses):
+        original(training, losses)
+        expected = max(0.0, 1 - float(losses["contrastive"].detach()) / training._chance())
+        shares.append((float(training.method.share), expected))
+
+    monkeypatch.setattr(loop.Training, "_set_balance", spy)
+    pretrain(tiny(out, similarity_share="progress", similarity_start=0.0, epochs=3))
+    found, expected = zip(*shares, strict=True)
+    assert found == pytest.approx(expected, abs=1e-6)
+    assert max(found) > 0.01
+
+
+def test_methods_without_a_gramian_run_without_a_limit(out):
+    free = {"similarity_share": None, "similarity_start": 0.0, "epochs": 1}
+    for arm in ("rlw", "graddrop"):
+        log = log_of(pretrain(tiny(out, arm=arm, **free)))
+        assert log[["loss_contrastive", "loss_similarity"]].notna().all(axis=None)
+
+
+def test_cells_that_cannot_be_read_are_left_out(out, monkeypatch):
+    frame = pd.read_csv(out / "manifest.csv")
+    train = frame[frame["split"] == "train"]
+    bad = [out / train.loc[train["label"] == label, "path"].iloc[0] for label in (0, 1)]
+    for path in bad:
+        path.write_bytes(b"damaged")
+    seen = set()
+    original = loop.Training._read
+
+    def spy(training, batch):
+        seen.update(training.store.paths[row] for rows in batch for row in rows)
+        return original(training, batch)
+
+    monkeypatch.setattr(loop.Training, "_read", spy)
+    pretrain(tiny(out, epochs=1))
+    assert len(seen) == 2 * CELLS - 2
+    assert not seen & {str(path) for path in bad}
+    assert pd.read_csv(out / "unreadable.csv")["path"].tolist() == [str(path) for path in bad]
+
+
+def test_tensorboard_holds_the_finite_columns_of_the_log(out):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    path = pretrain(tiny(out, tensorboard=True))
+    events = EventAccumulator(str(path.parent / "tensorboard"))
+    events.Reload()
+    log = log_of(path)
+    columns = [
+        name for name in COLUMNS if name not in ("step", "epoch") and log[name].notna().any()
+    ]
+    assert sorted(events.Tags()["scalars"]) == sorted(columns)
+    values = [event.value for event in events.Scalars("loss_contrastive")]
+    assert values == pytest.approx(log["loss_contrastive"].tolist())
+
+
+def test_a_log_file_is_told_how_long_it_will_take(out, capsys):
+    pretrain(tiny(out, epochs=3))
+    lines = [line for line in capsys.readouterr().out.splitlines() if "minutes left" in line]
+    assert [line.split(",")[0] for line in lines] == [
+        f"pretrain ags: epoch {epoch} of 3" for epoch in (1, 2, 3)
+    ]
+
+
 @pytest.mark.parametrize("batch_norm", [False, True])
-@pytest.mark.parametrize("statistics", ["separate", "shared"])
+@pytest.mark.parametrize("statistics", ["separate", "shared", "views"])
 def test_statistics_decide_whether_negative_patches_reach_the_contrastive_loss(
     out, monkeypatch, statistics, batch_norm
 ):
@@ -339,7 +570,7 @@ def test_statistics_decide_whether_negative_patches_reach_the_contrastive_loss(
         positive, negative = (side.rows[:8] for side in training.sides)
         for other in (negative, training.sides[1].rows[8:16]):
             torch.manual_seed(0)
-            losses, _ = training._losses((positive, other))
+            losses, _ = training._losses(training._read((positive, other)))
             found.append({name: loss.item() for name, loss in losses.items()})
         raise KeyboardInterrupt
 
@@ -349,7 +580,7 @@ def test_statistics_decide_whether_negative_patches_reach_the_contrastive_loss(
     first, second = found
     assert first["similarity"] != second["similarity"]
     separated = first["contrastive"] == pytest.approx(second["contrastive"], abs=1e-5)
-    assert separated == (statistics == "separate")
+    assert separated == (statistics != "shared")
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -369,14 +600,14 @@ def test_unlimited_similarity_collapses_and_says_so(out, capsys, seed):
     [((True, False, "R"), "ags COLLAPSED: R."), ((False, True, "R"), "ags ended weak: R.")],
 )
 def test_a_bad_verdict_is_printed_and_stored(out, monkeypatch, capsys, verdict, message):
-    monkeypatch.setattr(loop, "verdict", lambda log, chance: Verdict(*verdict))
+    monkeypatch.setattr(loop, "verdict", lambda *_: Verdict(*verdict))
     status = status_of(pretrain(tiny(out, epochs=1)))
     assert (status["collapsed"], status["weak"], status["reason"]) == verdict
     assert f"WARNING: pretraining {message}" in capsys.readouterr().out
 
 
 def test_a_good_verdict_prints_no_warning(out, monkeypatch, capsys):
-    monkeypatch.setattr(loop, "verdict", lambda log, chance: Verdict(False, False, ""))
+    monkeypatch.setattr(loop, "verdict", lambda *_: Verdict(False, False, ""))
     status = status_of(pretrain(tiny(out, epochs=1)))
     assert not status["collapsed"]
     assert "WARNING" not in capsys.readouterr().out
@@ -398,7 +629,15 @@ def test_a_training_that_diverges_ends_as_collapsed(out, capsys, arm):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arm": "mgda"}, r"arm must be one of random, .*cagrad\. Got 'mgda'"),
+        ({"arm": "sgd"}, r"arm must be one of random, .*another method .*mgda.* Got 'sgd'"),
+        ({"arm": "dwa"}, r"arm 'dwa' looks at losses, .* Set similarity_share to None and"),
+        ({"arm": "graddrop"}, r"arm 'graddrop' looks at rows"),
+        (
+            {"similarity_share": "much"},
+            r"similarity_share must be .* progress, or None\. Got 'much'",
+        ),
+        ({"max_scale": 0.0}, r"max_scale must be positive, or None\. Got 0\.0"),
+        ({"log_every": 0}, r"log_every must be positive\. Got 0"),
         ({"encoder": "vgg"}, r"encoder must be one of small, resnet18\. Got 'vgg'"),
         ({"crop": 33}, r"crop must be between 8 and patch \(32\)\. Got 33"),
         ({"crop": 4}, r"crop must be between 8 .* Got 4"),
@@ -428,7 +667,7 @@ def test_a_training_that_diverges_ends_as_collapsed(out, capsys, arm):
         ({"device": "cuda:99"}, r"`device` must be usable here\. Got 'cuda:99'"),
         ({"device": "abacus"}, r"`device` must be usable here\. Got 'abacus'"),
         ({"batch": 200}, r"at least 2 patches of each side.* 40 .* 40 .*batches of 200"),
-        ({"batch": 3}, r"at least 2 patches of each side.* 40 .* 40 .*batches of 3\. Draw more"),
+        ({"batch": 3}, r"at least 2 patches of each side.* 40 .* 40 .*batches of 3 on 1 proc"),
     ],
     ids=lambda value: (
         "-".join(f"{k}={v}" for k, v in value.items()) if isinstance(value, dict) else ""

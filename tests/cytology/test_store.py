@@ -4,15 +4,22 @@ import io
 import os
 import pickle
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pandas as pd
 import pytest
 from PIL import Image
 
 from examples.slam_ags_cytology import store as module
+from examples.slam_ags_cytology.decoding import Chunk, Decoded
 from examples.slam_ags_cytology.errors import UserError
 from examples.slam_ags_cytology.store import decode, open_store
 
@@ -115,22 +122,126 @@ def test_store_is_made_again_after_any_change(cells: list[str], tmp_path: Path, 
         np.testing.assert_array_equal(store.images[row], decode(path, 16))
 
 
-def test_interrupted_decoding_leaves_nothing_that_looks_complete(
-    cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def interrupted_after(count: int, decode_chunk: Callable[..., Decoded]) -> Callable[..., Decoded]:
+    """`decode_chunk`, until it is called once more than `count` times."""
+    calls: list[int] = []
+
+    def attempt(chunk: Chunk, *arguments: Any) -> Decoded:
+        calls.append(chunk.start)
+        if len(calls) > count:
+            raise KeyboardInterrupt
+        return decode_chunk(chunk, *arguments)
+
+    return attempt
+
+
+def test_interrupted_decoding_is_continued_and_ends_as_if_it_had_not_been(
+    cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     out = tmp_path / "out"
-    open_store(cells, 16, out)
-    touch_later(cells[0])
-
-    def interrupt(name: str, size: int) -> None:
-        raise KeyboardInterrupt
-
+    monkeypatch.setattr(module, "CHUNK", 4)
+    original = module.decode_chunk
     with monkeypatch.context() as patch:
-        patch.setattr(module, "_try", interrupt)
+        patch.setattr(module, "decode_chunk", interrupted_after(10, original))
         with pytest.raises(KeyboardInterrupt):
-            open_store(cells, 16, out)
-    assert [path.name for path in out.iterdir()] == ["cells-16.npy"]
-    assert len(open_store(cells, 16, out)) == 150
+            open_store(cells, 16, out, workers=1)
+    assert not (out / "cells-16.npy").exists()
+    again: list[int] = []
+
+    def count(chunk: Chunk, *arguments: Any) -> Decoded:
+        again.append(chunk.start)
+        return original(chunk, *arguments)
+
+    monkeypatch.setattr(module, "decode_chunk", count)
+    capsys.readouterr()
+    store = open_store(cells, 16, out)
+    noted = int(capsys.readouterr().out.split()[2])
+    assert 0 < noted <= 40
+    assert noted % 4 == 0
+    assert sorted(again) == [*range(noted, 150, 4)]
+    for number in range(150):
+        np.testing.assert_array_equal(store.images[number], noise(number))
+    assert sorted(path.name for path in out.iterdir()) == ["cells-16.json", "cells-16.npy"]
+
+
+KILLED = """
+import os, signal, sys
+from examples.slam_ags_cytology import store
+original, calls = store.decode_chunk, []
+def attempt(*arguments):
+    calls.append(arguments)
+    if len(calls) > 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return original(*arguments)
+store.decode_chunk, store.CHUNK = attempt, 10
+store.open_store(sys.argv[2:], 16, sys.argv[1], workers=1)
+"""
+
+
+def test_decoding_that_was_killed_is_continued(
+    cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    out = tmp_path / "out"
+    ended = subprocess.run([sys.executable, "-c", KILLED, str(out), *cells], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    monkeypatch.setattr(module, "CHUNK", 10)
+    store = open_store(cells, 16, out)
+    assert "Continuing with" in capsys.readouterr().out
+    for number in range(150):
+        np.testing.assert_array_equal(store.images[number], noise(number))
+
+
+@pytest.mark.parametrize("damage", ["line cut off", "shorter array", "other images"])
+def test_only_what_is_surely_right_is_continued(
+    cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any, damage: str
+) -> None:
+    out = tmp_path / "out"
+    monkeypatch.setattr(module, "CHUNK", 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "decode_chunk", interrupted_after(5, module.decode_chunk))
+        with pytest.raises(KeyboardInterrupt):
+            open_store(cells, 16, out, workers=1)
+    journal, part = out / "cells-16.journal", out / "cells-16.part"
+    noted = len(journal.read_text().splitlines()) - 1
+    assert noted > 1
+    if damage == "line cut off":
+        os.truncate(journal, journal.stat().st_size - 30)
+    elif damage == "shorter array":
+        os.truncate(part, part.stat().st_size - 1)
+    else:
+        touch_later(cells[3])
+    store = open_store(cells, 16, out)
+    continued = capsys.readouterr().out
+    if damage == "line cut off":
+        assert f"Continuing with {10 * (noted - 1)} of 150" in continued
+    else:
+        assert "Continuing" not in continued
+    for row, path in enumerate(cells):
+        np.testing.assert_array_equal(store.images[row], decode(path, 16))
+
+
+def test_a_second_process_is_refused_while_one_decodes(cells: list[str], tmp_path: Path) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with (tmp_path / "cells-16.lock").open("ab") as stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        with pytest.raises(UserError, match="Only one process may decode"):
+            open_store(cells, 16, tmp_path)
+    assert len(open_store(cells, 16, tmp_path)) == 150
+
+
+def test_processes_decode_as_threads_do(
+    cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PROCESSES_FROM", 0)
+    executor = module._executor(2, 150)
+    assert isinstance(executor, ProcessPoolExecutor)
+    executor.shutdown()
+    Path(cells[4]).write_bytes(b"damaged")
+    processes = open_store(cells, 16, tmp_path / "processes", workers=2)
+    monkeypatch.setattr(module, "PROCESSES_FROM", 1000)
+    threads = open_store(cells, 16, tmp_path / "threads", workers=2)
+    np.testing.assert_array_equal(processes.images, threads.images)
+    assert processes.unreadable == threads.unreadable == (cells[4],)
 
 
 def test_sizes_have_their_own_files(cells: list[str], tmp_path: Path) -> None:
@@ -149,23 +260,20 @@ def test_files_with_the_same_bytes_are_reported_as_copies(cells: list[str], tmp_
         assert set(open_store([*cells, a, b, c], 16, tmp_path / "out").copies) == expected
 
 
-def test_only_a_few_images_are_in_memory_at_a_time(
+def test_only_a_few_tasks_are_waiting_at_a_time(
     cells: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "CHUNK", 2)
-    started: list[str] = []
-    attempt = module._try
+    most: list[int] = []
+    collect = module._Unfinished._collect
 
-    def count(name: str, size: int) -> module.Result:
-        started.append(name)
-        return attempt(name, size)
+    def count(unfinished: Any, waiting: Any, *arguments: Any) -> Any:
+        most.append(len(waiting))
+        return collect(unfinished, waiting, *arguments)
 
-    monkeypatch.setattr(module, "_try", count)
-    consumed = 0
-    for batch in module._in_order(cells, 16):
-        consumed += len(batch)
-        assert len(started) - consumed <= 2 * module.WORKERS * 2
-    assert consumed == 150
+    monkeypatch.setattr(module._Unfinished, "_collect", count)
+    open_store(cells, 16, tmp_path / "out", workers=2)
+    assert max(most) == 6
 
 
 # --- refusals ----------------------------------------------------------------------------------
@@ -197,28 +305,63 @@ BAD = {
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_unusable_image_is_named_with_the_reason(
-    cells: list[str], tmp_path: Path, case: str
+def test_unusable_image_is_listed_with_the_reason_and_left_out(
+    cells: list[str], tmp_path: Path, capsys: Any, case: str
 ) -> None:
     content, reason = BAD[case]
-    (tmp_path / "bad.img").write_bytes(content)
-    with pytest.raises(UserError, match=rf"1 of 151 are not: .*bad.img \(.*{reason}.*\)"):
-        open_store([*cells, str(tmp_path / "bad.img")], 16, tmp_path / "out")
+    bad = str(tmp_path / "bad.img")
+    Path(bad).write_bytes(content)
+    for _ in range(2):  # made, then opened
+        store = open_store([*cells[:75], bad, *cells[75:]], 16, tmp_path / "out")
+        assert store.unreadable == (bad,)
+    listed = pd.read_csv(tmp_path / "out" / "unreadable.csv")
+    assert listed["path"].tolist() == [bad]
+    assert reason in listed.loc[0, "reason"]
+    assert "0x" not in listed.loc[0, "reason"]  # no addresses of objects
+    assert "WARNING: 1 of 151 cells cannot be read" in capsys.readouterr().out
+    assert not store.images[75].any()
+    np.testing.assert_array_equal(store.images[76], noise(75))
+    frame = pd.DataFrame({"path": [*cells[:2], bad], "bag": ["a", "b", "b"]})
+    assert store.readable(frame)["path"].tolist() == cells[:2]
+    frame["bag"] = ["a", "a", "b"]
+    with pytest.raises(UserError, match=r"must hold a readable cell. None is left in b; see .*csv"):
+        store.readable(frame)
 
 
-def test_all_unreadable_images_are_reported_together_and_nothing_is_left(
+def test_repaired_images_are_read_and_the_list_goes(cells: list[str], tmp_path: Path) -> None:
+    content = Path(cells[3]).read_bytes()
+    Path(cells[3]).write_bytes(b"damaged")
+    assert open_store(cells, 16, tmp_path / "out").unreadable == (cells[3],)
+    Path(cells[3]).write_bytes(content)
+    store = open_store(cells, 16, tmp_path / "out")
+    assert store.unreadable == ()
+    np.testing.assert_array_equal(store.images[3], noise(3))
+    assert not (tmp_path / "out" / "unreadable.csv").exists()
+
+
+def test_images_that_cannot_be_read_are_no_copies_of_each_other(
     cells: list[str], tmp_path: Path
 ) -> None:
-    for path in cells[::12]:
+    for path in cells[:3]:
         Path(path).write_bytes(b"damaged")
-    with pytest.raises(UserError) as caught:
+    store = open_store(cells, 16, tmp_path / "out")
+    assert len(store.unreadable) == 3
+    assert store.copies == ()
+
+
+def test_a_folder_where_most_images_are_unreadable_is_refused(
+    cells: list[str], tmp_path: Path
+) -> None:
+    for path in cells[:76]:
+        Path(path).write_bytes(b"damaged")
+    with pytest.raises(
+        UserError, match=r"Most cells must be readable images\. 76 of 150"
+    ) as caught:
         open_store(cells, 16, tmp_path / "out")
-    message = str(caught.value)
-    assert "13 of 150" in message
-    assert "and 3 more" in message
-    assert all(path in message for path in cells[: 12 * 10 : 12])
-    assert "0x" not in message  # no addresses of objects
-    assert list((tmp_path / "out").iterdir()) == []
+    assert "and 73 more" in str(caught.value)
+    left = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert not {"cells-16.npy", "cells-16.part", "cells-16.json"} & set(left)
+    assert "unreadable.csv" in left
 
 
 def test_missing_files_are_reported_together(cells: list[str], tmp_path: Path) -> None:
@@ -226,6 +369,11 @@ def test_missing_files_are_reported_together(cells: list[str], tmp_path: Path) -
         os.unlink(path)
     with pytest.raises(UserError, match=r"12 are not: .*000.png.* and 2 more"):
         open_store(cells, 16, tmp_path / "out")
+
+
+def test_workers_out_of_range_are_refused(cells: list[str], tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"workers must be at least 1, or None\. Found 0"):
+        open_store(cells, 16, tmp_path / "out", workers=0)
 
 
 @pytest.mark.parametrize("size", [0, 7, 4097])

@@ -241,7 +241,7 @@ def test_freezing_begins_where_there_is_something_to_freeze(tmp_path, cells):
     ("changes", "match"),
     [
         ({"arms": ()}, "arms must be some of"),
-        ({"arms": ("best",)}, "arms must be some of .* Got best"),
+        ({"arms": ("best",)}, "arm must be one of .* Got .best."),
         ({"draws": 0}, "draws must be at least 1"),
         ({"workers": 0}, "workers must be at least 1"),
         ({"witness_rates": (0.1, 1.5)}, "witness_rates must be above 0"),

@@ -150,12 +150,14 @@ class EncoderBlock(nn.Module):
         return x + wide
 
 
-def transformer(tasks: int, device: torch.device, batch: int = 8, tokens: int = 32) -> Problem:
-    """K classifiers on the mean token of a transformer of 4 layers, width 256."""
+def transformer(
+    tasks: int, device: torch.device, layers: int = 4, batch: int = 8, tokens: int = 32
+) -> Problem:
+    """K classifiers on the mean token of a transformer of width 256."""
     torch.manual_seed(0)
     words, width = 1000, 256
     heads = [nn.Linear(width, 10) for _ in range(tasks)]
-    model = MultiTask(Encoder(words, width, 4), heads).to(device)
+    model = MultiTask(Encoder(words, width, layers), heads).to(device)
     inputs = torch.randint(words, (batch, tokens)).to(device)
     targets = torch.randint(10, (tasks, batch)).to(device)
 

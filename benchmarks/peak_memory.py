@@ -25,6 +25,7 @@ from benchmarks._measure import Step, environment, peak_bytes, write_json
 RESULTS = Path(__file__).resolve().parent / "results"
 TASKS = (2, 4, 8, 16)
 WIDTHS = (256, 512, 1024)
+DEEP = 12  # layers of one more transformer; the others have 4
 MLP_TASKS = 4
 
 
@@ -34,11 +35,18 @@ def builders(
     """Title, number of tasks and maker of each problem, by a short name."""
     made: dict[str, tuple[str, int, Callable[[], Problem]]] = {}
     for k in tasks:
-        made[f"transformer_{k}"] = (f"transformer, K = {k}", k, partial(transformer, k, device))
+        made[f"transformer_{k}"] = (
+            f"transformer of 4 layers, K = {k}",
+            k,
+            partial(transformer, k, device),
+        )
+    deep = max(tasks)
+    build = partial(transformer, deep, device, layers=DEEP)
+    made[f"deep_{deep}"] = (f"transformer of {DEEP} layers, K = {deep}", deep, build)
     for width in widths:
         trunk = partial(mlp, width, width, 4)
-        build = partial(heads_case, trunk, (64, width), width, 10, MLP_TASKS, device)
-        made[f"mlp_{width}"] = (f"4 x {width} MLP, K = {MLP_TASKS}", MLP_TASKS, build)
+        mlp_of = partial(heads_case, trunk, (64, width), width, 10, MLP_TASKS, device)
+        made[f"mlp_{width}"] = (f"4 x {width} MLP, K = {MLP_TASKS}", MLP_TASKS, mlp_of)
     return made
 
 
@@ -51,7 +59,7 @@ def measure(
     skipped: dict[str, str] = {}
     for name, make in ARMS.items():
         try:
-            peak = peak_bytes(partial(_step, make, problem), device=device)
+            peak = peak_bytes(partial(_step, make, problem), device=device, steps=2)
         except (ImportError, NotNeeded) as error:
             skipped[name] = str(error)
         else:

@@ -6,17 +6,18 @@ import pytest
 import torch
 
 from benchmarks import kernels, peak_memory, reuse
-from benchmarks._arms import FLOOR, OURS, PLAIN
+from benchmarks._arms import OURS, PLAIN
 
 
 def test_peak_memory_compares_every_engine_with_the_plain_step(tmp_path, monkeypatch, capsys):
-    names = (PLAIN, FLOOR, OURS, "AGS, lean", "AGS, rows in bfloat16")
+    names = (PLAIN, OURS, "AGS, lean", "AGS, rows in bfloat16")
     monkeypatch.setattr(peak_memory, "ARMS", {name: peak_memory.ARMS[name] for name in names})
+    monkeypatch.setattr(peak_memory, "DEEP", 6)
     out = tmp_path / "peak.json"
-    peak_memory.main(["--tasks", "2", "8", "--widths", "256", "--out", str(out)])
+    peak_memory.main(["--tasks", "2", "6", "--widths", "1024", "--out", str(out)])
     result = json.loads(out.read_text(encoding="utf-8"))
     assert {"commit", "versions", "machine", "date"} <= set(result)
-    assert set(result["cases"]) == {"transformer_2", "transformer_8", "mlp_256"}
+    assert set(result["cases"]) == {"transformer_2", "transformer_6", "deep_6", "mlp_1024"}
     ratios = {
         case: {name: arm["over_plain"] for name, arm in content["arms"].items()}
         for case, content in result["cases"].items()
@@ -25,8 +26,9 @@ def test_peak_memory_compares_every_engine_with_the_plain_step(tmp_path, monkeyp
         assert ratio[PLAIN] == 1
         assert ratio["AGS, rows in bfloat16"] < ratio[OURS]
     # The rows grow with K; without them the memory does not.
-    assert ratios["transformer_8"][OURS] > ratios["transformer_2"][OURS] + 0.5
-    assert ratios["transformer_8"]["AGS, lean"] < 1.35
+    assert ratios["transformer_6"][OURS] > ratios["transformer_2"][OURS] + 0.5
+    assert ratios["deep_6"]["AGS, lean"] < 1.3
+    assert ratios["mlp_1024"]["AGS, lean"] < 1.1
     assert capsys.readouterr().out.splitlines()[-1] == result["answer"]
 
 

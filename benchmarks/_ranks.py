@@ -158,7 +158,7 @@ def _work(rank: int, ranks: int, cells: list[RankCell], folder: str, rounds: int
 
 
 def measure_ranks(cells: list[RankCell], rounds: int) -> list[dict[str, Any]]:
-    """For each cell what its processes found: `size`, `bytes`, `messages`, seconds `cpu` and `wall` by process and round.
+    """For each cell what its processes found: size, bytes, messages, and seconds by process and round.
 
     Raises:
         RuntimeError: a process failed, or the parameters drifted apart.

@@ -1,4 +1,4 @@
-"""A model of the cost of a step: fitted to some cells, compared with others, and extended to machines we do not have."""
+"""A model of the cost of a step: fitted to some cells, compared with others, extended to machines we do not have."""
 
 from __future__ import annotations
 

@@ -116,7 +116,8 @@ def _cell(cell: RankCell, rank: int, rounds: int, steps: int) -> dict[str, Any]:
         optimizer.backward(network.losses())
         optimizer.step()
 
-    step()
+    for _ in range(steps):
+        step()
     traffic = Traffic(cell["ranks"])
     with traffic:
         step()
@@ -151,6 +152,7 @@ def _work(rank: int, ranks: int, cells: list[RankCell], folder: str, rounds: int
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=WAIT
     )
+    _cell(cells[0], rank, 1, 1)  # whatever happens only once in a process
     found = [_cell(c, rank, rounds, steps_per_block(c["parameters"])) for c in cells]
     dist.barrier()
     dist.destroy_process_group()

@@ -54,11 +54,20 @@ class Fit(NamedTuple):
         return sum(c * TERMS[name](tasks, parameters) for name, c in self.coefficients.items())
 
 
-def fit_exchange(messages: Sequence[float], sizes: Sequence[float], seconds: Array) -> Array:
-    """`(2,)` seconds for each message and each byte, by least squares of relative errors."""
-    relative = np.stack([messages, sizes], 1) / seconds[:, None]
+def fit_exchange(
+    messages: Sequence[float], sizes: Sequence[float], added: Array, total: Array
+) -> Array:
+    """`(2,)` seconds for each message and each byte.
+
+    Args:
+        messages: of each cell.
+        sizes: bytes of each cell.
+        added: seconds over the step of a single process.
+        total: seconds of the step: errors are relative to it, since `added` may be lost in it.
+    """
+    relative = np.stack([messages, sizes], 1) / total[:, None]
     unit = relative.max(0)
-    found: Array = nnls(relative / unit, np.ones(len(seconds)))[0] / unit
+    found: Array = nnls(relative / unit, added / total)[0] / unit
     return found
 
 

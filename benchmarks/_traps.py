@@ -752,9 +752,9 @@ def _of_conflictfree() -> list[Trap]:
         Trap(
             "PCGrad: order of tasks",
             "conflictfree",
-            "three gradients, 400 draws",
+            "three gradients, 200 draws",
             "the mean update does not depend on how tasks are numbered",
-            lambda f: depends_on_order(f, THREE, 400),
+            lambda f: depends_on_order(f, THREE, 200),
             ours("PCGrad"),
             conflictfree("PCGradOperator"),
             tolerance=0.05,
@@ -862,9 +862,9 @@ def _patterns() -> list[Trap]:
         Trap(
             "PCGrad in a fixed order",
             "pattern",
-            "three gradients, 400 draws",
+            "three gradients, 200 draws",
             "the mean update does not depend on how tasks are numbered",
-            lambda f: depends_on_order(f, THREE, 400),
+            lambda f: depends_on_order(f, THREE, 200),
             ours("PCGrad"),
             fixed_order,
             tolerance=0.05,

@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from examples.torchvision_import import import_torchvision
 
 SPLIT_SEED = 0  # of the pools, the same in every run
+PAIRS = (60_000, 10_000, 20_000)  # of overlaid pictures of MNIST and FashionMNIST
 NOT_ASKED = -1  # class of a picture that does not belong to a task
 
 
@@ -232,7 +233,7 @@ def overlaid_from(kind: str, title: str, root: Path | None) -> Problem:
     values = torch.cat([known.data, unseen.data]).float() / 255
     labels = torch.cat([known.targets, unseen.targets])
     pictures = Pictures(values, labels, *in_pools(len(known), len(unseen)))
-    return overlaid(title, pictures, (60_000, 10_000, 20_000))
+    return overlaid(title, pictures, PAIRS)
 
 
 def multi_mnist(root: Path | None) -> Problem:

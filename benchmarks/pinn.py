@@ -37,6 +37,7 @@ from torch import Tensor
 
 import agsurgery
 from agsurgery import ConflictMonitor, SurgeryReport
+from benchmarks._adam import Adam
 from benchmarks._cli import new_parser, parse, result_path
 from benchmarks._intervals import Interval
 from benchmarks._measure import environment, write_json
@@ -275,23 +276,6 @@ def losses_of(
     """Mean squares of both violations, `(R,)` each."""
     residual = problem.residual(inside, jet(parameters, inside)).square().mean(1)
     return residual, (values(parameters, border) - given).square().mean(1)
-
-
-class Adam:
-    """Adam for R runs with a learning rate each: `torch.optim.Adam` has one for a whole tensor."""
-
-    def __init__(self, parameters: Tensor, rates: Tensor) -> None:
-        self.rates = rates.unsqueeze(1)
-        self.mean, self.square = torch.zeros_like(parameters), torch.zeros_like(parameters)
-        self.steps = 0
-
-    def step(self, parameters: Tensor, gradient: Tensor, factor: float) -> None:
-        """One step with the rates times `factor`, in place."""
-        self.steps += 1
-        self.mean.lerp_(gradient, 1 - 0.9)
-        self.square.mul_(0.999).addcmul_(gradient, gradient, value=1 - 0.999)
-        size = (self.square / (1 - 0.999**self.steps)).sqrt_().add_(1e-8)
-        parameters.sub_(factor * self.rates / (1 - 0.9**self.steps) * self.mean / size)
 
 
 def train(

@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+OLD := .venv-min
 RUN ?= runs/demo
 INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow test-all check bench docs clean
+.PHONY: demo test test-slow test-all test-min check bench docs clean
 
 # One stamp per set of extras: a second call of a target installs nothing. torch goes first, by its exact version, so
 # that no other package pulls in another build of it.
@@ -31,6 +32,13 @@ $(VENV)/.docs: $(VENV)/.torch pyproject.toml
 	$(INSTALL) --editable ".[docs]"
 	touch $@
 
+# An environment of its own, without the frameworks of `integrations`, which want newer versions.
+$(OLD)/.test: constraints-min.txt pyproject.toml
+	$(PYTHON) -m venv $(OLD)
+	$(OLD)/bin/python -m pip install --quiet --constraint constraints-min.txt "$$(grep '^torch==' constraints-min.txt)"
+	$(OLD)/bin/python -m pip install --quiet --constraint constraints-min.txt --editable ".[examples,test]"
+	touch $@
+
 ## demo: the cytology pipeline on synthetic cells, from slide labels to a report; continues an interrupted run
 demo: $(VENV)/.examples
 	$(BIN)/python -m examples.slam_ags_cytology run --out $(RUN) \
@@ -46,6 +54,10 @@ test-slow: $(VENV)/.dev
 
 ## test-all: all tests
 test-all: test test-slow
+
+## test-min: the quick tests on the oldest versions that are supported: `make PYTHON=python3.10 test-min`
+test-min: $(OLD)/.test
+	$(OLD)/bin/python -m pytest -m "not slow"
 
 ## check: formatting, lint and types
 check: $(VENV)/.dev
@@ -69,4 +81,4 @@ docs: $(VENV)/.docs
 	$(BIN)/sphinx-build -W --keep-going -b html docs docs/_build/html
 
 clean:
-	rm -rf $(VENV) docs/_build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(OLD) docs/_build docs/_generated docs/methods .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -46,7 +46,7 @@ from agsurgery.monitor import ConflictMonitor
 from agsurgery.optimizer import GradientSurgery, unwrap
 from agsurgery.report import SurgeryReport
 
-__version__ = "0.1.0.dev0"
+__version__ = "0.1.0"
 
 __all__ = [
     "AGS",

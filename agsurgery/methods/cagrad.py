@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Literal, TypeAlias
 
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
 from agsurgery.methods._conflict_averse import conflict_averse_weights
+
+Rescale: TypeAlias = Literal["none", "quadratic", "linear"]
 
 
 class CAGrad(Method):
@@ -54,7 +57,7 @@ class CAGrad(Method):
         self,
         c: float = 0.5,
         *,
-        rescale: str = "none",
+        rescale: Rescale = "none",
         reduction: Reduction = "sum",
     ) -> None:
         super().__init__(reduction=reduction)
@@ -64,7 +67,7 @@ class CAGrad(Method):
         if rescale not in divisors:
             raise ValueError(f"`rescale` must be one of {sorted(divisors)}. Got {rescale!r}.")
         self.c = c
-        self.rescale = rescale
+        self.rescale: Rescale = rescale
         self._divisor = divisors[rescale]
 
     def _solve_sum(self, problem: Problem) -> Solution:

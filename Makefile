@@ -71,6 +71,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.peak_memory
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.reuse
+	$(BIN)/python -m benchmarks.overhead
 	$(BIN)/python -m benchmarks.solver_cost
 	$(BIN)/python -m benchmarks.contract_matrix
 	$(BIN)/python -m benchmarks.landscape

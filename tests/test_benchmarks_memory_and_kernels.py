@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from benchmarks import kernels, peak_memory, reuse
+from benchmarks import kernels, overhead, peak_memory, reuse
 from benchmarks._arms import OURS, PLAIN
 
 
@@ -71,3 +71,42 @@ def test_reused_weights_are_compared_with_fresh_ones(tmp_path, capsys):
     assert rows["10"]["passes"] == pytest.approx((2 * 4 + 10) / 12, abs=1e-3)
     assert rows["10"]["cosine"] < rows["1"]["cosine"]
     assert capsys.readouterr().out.splitlines()[-1].startswith("Answer: ")
+
+
+def test_the_parts_of_a_step_add_up_to_it_and_are_put_back(tmp_path, capsys):
+    before = {
+        name: getattr(owner, attribute) for name, (owner, attribute) in overhead.PARTS.items()
+    }
+    out = tmp_path / "overhead.json"
+    overhead.main(["--steps", "3", "--out", str(out)])
+    for name, (owner, attribute) in overhead.PARTS.items():
+        assert getattr(owner, attribute) is before[name]
+    for case in json.loads(out.read_text(encoding="utf-8"))["microseconds"].values():
+        assert all(spent > 0 for spent in case.values())
+        assert len(case) == len(overhead.PARTS) + 2
+    assert capsys.readouterr().out.splitlines()[-1].startswith("Answer: ")
+
+
+def test_a_part_inside_another_is_counted_once(monkeypatch):
+    class Clock:
+        now = 0.0
+
+        def perf_counter(self):
+            return self.now
+
+    class Owner:
+        def outer(self):
+            clock.now += 2
+            self.inner()
+            clock.now += 1
+
+        def inner(self):
+            clock.now += 10
+
+    clock = Clock()
+    monkeypatch.setattr(overhead, "time", clock)
+    monkeypatch.setattr(overhead, "PARTS", {"outer": (Owner, "outer"), "inner": (Owner, "inner")})
+    seconds = {"outer": 0.0, "inner": 0.0}
+    with overhead.timed(seconds):
+        Owner().outer()
+    assert seconds == {"outer": 3.0, "inner": 10.0}

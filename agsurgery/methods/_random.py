@@ -8,6 +8,7 @@ and its whole state is two integers that fit in a checkpoint.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -65,9 +66,15 @@ def random_orders(start: Tensor, tasks: int) -> Tensor:
 
 
 class Draws:
-    """Seed and number of the draws taken so far: all there is to remember of a random stream."""
+    """Seed and number of the draws taken so far: all there is to remember of a random stream.
+
+    Raises:
+        TypeError: the seed is not an integer.
+    """
 
     def __init__(self, seed: int) -> None:
+        if not isinstance(seed, Integral):  # NumPy has its own integers
+            raise TypeError(f"`seed` must be an integer. Got {seed!r}.")
         self._seed = torch.tensor(seed, dtype=torch.int64)
         self._draws = torch.zeros((), dtype=torch.int64)
         self._hash: Tensor | None = None  # of the seed, on the device of the draws

@@ -124,8 +124,8 @@ class ConflictMonitor:
         """
         if not isinstance(report, SurgeryReport):
             raise TypeError(
-                f"`report` must be a SurgeryReport. Got {report!r}. With `backward(losses, combine=False)` there is one "
-                "only after the last micro-batch."
+                f"`report` must be a SurgeryReport. Got {report!r}. With `backward(losses, combine=False)` there "
+                "is one only after the last micro-batch."
             )
         steps, tasks, pairs = statistics(report)
         self._series.add(report.tasks, (steps, tasks, pairs))

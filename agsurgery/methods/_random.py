@@ -7,8 +7,8 @@ and its whole state is two integers that fit in a checkpoint.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
-from numbers import Integral
 
 import torch
 from torch import Tensor
@@ -73,9 +73,11 @@ class Draws:
     """
 
     def __init__(self, seed: int) -> None:
-        if not isinstance(seed, Integral):  # NumPy has its own integers
-            raise TypeError(f"`seed` must be an integer. Got {seed!r}.")
-        self._seed = torch.tensor(seed, dtype=torch.int64)
+        try:
+            number = operator.index(seed)  # of NumPy's integers too
+        except TypeError:
+            raise TypeError(f"`seed` must be an integer. Got {seed!r}.") from None
+        self._seed = torch.tensor(number, dtype=torch.int64)
         self._draws = torch.zeros((), dtype=torch.int64)
         self._hash: Tensor | None = None  # of the seed, on the device of the draws
 

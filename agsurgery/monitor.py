@@ -117,7 +117,16 @@ class ConflictMonitor:
 
     @torch.no_grad()
     def update(self, report: SurgeryReport) -> None:
-        """Take in the report of one step. Never synchronises."""
+        """Take in the report of one step. Never synchronises.
+
+        Raises:
+            TypeError: `report` is not a `SurgeryReport`.
+        """
+        if not isinstance(report, SurgeryReport):
+            raise TypeError(
+                f"`report` must be a SurgeryReport. Got {report!r}. With `backward(losses, combine=False)` there "
+                "is one only after the last micro-batch."
+            )
         steps, tasks, pairs = statistics(report)
         self._series.add(report.tasks, (steps, tasks, pairs))
         buckets = _buckets(pairs.select(0, OF_PAIRS.index("cosine")))

@@ -69,7 +69,7 @@ def method_page(name: str, times: dict[str, float]) -> str:
     members = f"   :members: {', '.join(calls)}\n" if calls else ""
     if times:
         measured = ", ".join(f"{value:.0f} µs for {tasks} tasks" for tasks, value in times.items())
-        cost += f" The weights: {measured}, on one core ([`solver_cost`](../benchmarks.md))."
+        cost += f" The weights: {measured}, on a CPU ([`solver_cost`](../benchmarks.md))."
     return (
         f"# {name}\n\n**Choose it when** {CHOOSE[name]}\n\n**Cost.** {cost}\n\n"
         f"```{{eval-rst}}\n.. autoclass:: agsurgery.{name}\n{members}```\n\n"
@@ -112,10 +112,9 @@ def provenance(result: dict[str, object]) -> str:
     known = result.get("environment", result)
     assert isinstance(known, dict)
     machine = known["machine"]
-    device = (
-        machine.get("gpu")
-        or f"{machine['cpu']}, {machine['threads']} of {machine['cores']} threads"
-    )
+    device = f"{machine['cpu']}, {machine['threads']} of {machine['cores']} threads"
+    if str(result.get("device", "cpu")).startswith("cuda"):
+        device = machine["gpu"]
     changed = " with changes" if known["dirty"] else ""
     torch = known["versions"]["torch"]
     return f"{known['date'][:10]}, commit `{known['commit'][:7]}`{changed}, torch {torch}, {device}"

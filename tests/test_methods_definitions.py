@@ -212,6 +212,7 @@ def test_any_callable_from_gramian_to_weights_is_a_method():
         (lambda: PCGrad(reduction="total"), ValueError, '"sum" or "mean"'),
         (lambda: CAGrad(-1.0), ValueError, "finite and not negative"),
         (lambda: CAGrad(math.inf), ValueError, "finite and not negative"),
+        (lambda: PCGrad(seed=1.5), TypeError, r"`seed` must be an integer\. Got 1\.5"),
         (lambda: CAGrad(rescale="cubic"), ValueError, "Got 'cubic'"),
         (lambda: solve(lambda g: g, torch.eye(2)), ValueError, r"returned shape \(2, 2\)"),
         (lambda: PCGrad().load_state_dict({}), KeyError, "needs the state 'seed'"),

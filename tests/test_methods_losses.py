@@ -260,6 +260,8 @@ def test_agrees_with_torchjd_where_conventions_match():
     ("call", "message"),
     [
         (lambda: UW(lr=0.0), "must be positive"),
+        (lambda: UW(lr=math.inf), "positive and finite"),
+        (lambda: FAMO(lr=math.inf), "positive and finite"),
         (lambda: DWA(temperature=-1.0), "must be positive"),
         (lambda: FAMO(lr=-1.0), "must be positive"),
         (lambda: FAMO(weight_decay=-1.0), "must not be negative"),

@@ -606,3 +606,8 @@ def test_without_matplotlib_the_error_says_what_to_install(monitor, monkeypatch)
     with pytest.raises(ImportError, match=r"pip install agsurgery\[plot\]"):
         monitor.plot()
     assert monitor.to_dict()["steps"] == 50
+
+
+def test_what_is_not_a_report_is_refused():
+    with pytest.raises(TypeError, match=r"must be a SurgeryReport\. Got None.*last micro-batch"):
+        ConflictMonitor().update(None)

@@ -7,6 +7,7 @@ and its whole state is two integers that fit in a checkpoint.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping
 
 import torch
@@ -65,10 +66,18 @@ def random_orders(start: Tensor, tasks: int) -> Tensor:
 
 
 class Draws:
-    """Seed and number of the draws taken so far: all there is to remember of a random stream."""
+    """Seed and number of the draws taken so far: all there is to remember of a random stream.
+
+    Raises:
+        TypeError: the seed is not an integer.
+    """
 
     def __init__(self, seed: int) -> None:
-        self._seed = torch.tensor(seed, dtype=torch.int64)
+        try:
+            number = operator.index(seed)  # of NumPy's integers too
+        except TypeError:
+            raise TypeError(f"`seed` must be an integer. Got {seed!r}.") from None
+        self._seed = torch.tensor(number, dtype=torch.int64)
         self._draws = torch.zeros((), dtype=torch.int64)
         self._hash: Tensor | None = None  # of the seed, on the device of the draws
 

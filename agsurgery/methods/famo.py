@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -29,7 +30,7 @@ class FAMO(LossMethod):
         reduction: see `Method`. The paper's weights sum to 1, which is the scale of the mean.
 
     Raises:
-        TypeError, ValueError: `lr` is not positive, `weight_decay` negative, or `lower_bound` not K numbers.
+        TypeError, ValueError: `lr` is not positive and finite, `weight_decay` negative, or `lower_bound` not K numbers.
 
     Note:
         Weights are NaN where a loss is not above its bound. Improvements that are not finite do not move the weights.
@@ -56,8 +57,8 @@ class FAMO(LossMethod):
         reduction: Reduction = "sum",
     ) -> None:
         super().__init__(reduction=reduction)
-        if not lr > 0:
-            raise ValueError(f"`lr` must be positive. Got {lr}.")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"`lr` must be positive and finite. Got {lr}.")
         if not weight_decay >= 0:
             raise ValueError(f"`weight_decay` must not be negative. Got {weight_decay}.")
         self.lr = lr

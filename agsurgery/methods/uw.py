@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -23,7 +24,7 @@ class UW(LossMethod):
         reduction: see `Method`; the paper sums.
 
     Raises:
-        ValueError: `lr` is not positive.
+        ValueError: `lr` is not positive and finite.
 
     Note:
         The paper halves both terms, which halves all weights; with the factor left out training starts as the plain
@@ -43,8 +44,8 @@ class UW(LossMethod):
 
     def __init__(self, lr: float = 0.01, *, reduction: Reduction = "sum") -> None:
         super().__init__(reduction=reduction)
-        if not lr > 0:
-            raise ValueError(f"`lr` must be positive. Got {lr}.")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"`lr` must be positive and finite. Got {lr}.")
         self.lr = lr
         self._memory = TaskState(value=(1, 0.0), **ENTRIES)
 

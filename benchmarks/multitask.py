@@ -242,6 +242,16 @@ class Trained(NamedTuple):
     seconds: float
 
 
+def batches(count: int, batch: int, steps: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """`(R, steps or more, batch)` places of examples: epoch after epoch in random order, what remains left out."""
+    epoch = count // batch
+    orders = [
+        torch.stack([torch.randperm(count, generator=g)[: epoch * batch] for g in generators])
+        for _ in range(-(-steps // epoch))
+    ]
+    return torch.cat(orders, 1).unflatten(1, (-1, batch))
+
+
 def train(
     problem: Problem,
     entry: Entry,
@@ -257,13 +267,7 @@ def train(
     sizes = (examples.inputs.shape[1], *HIDDEN)
     networks = Networks(sizes, problem.tasks, generators, device)
     batch = min(problem.batch, count)
-    epoch = count // batch  # steps; what remains is left out
-    orders = [
-        torch.cat([torch.randperm(count, generator=g)[: epoch * batch] for g in generators])
-        for _ in range(-(-steps // epoch))
-    ]
-    order = torch.stack([o.view(len(seeds), epoch, batch) for o in orders], 1).flatten(1, 2)
-    order = order.to(device)
+    order = batches(count, batch, steps, generators).to(device)
     rates = torch.tensor([trial.rate for trial in trials], device=device)
     adam = Adam(networks.flat, rates)
     methods = instances(entry, trials, seeds)
@@ -280,7 +284,7 @@ def train(
         update = torch.cat([combine(methods, rows, values, gramians), own], 1)
         adam.step(networks.flat, update, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         for method in methods:
-            if isinstance(method, agsurgery.DWA) and (step + 1) % epoch == 0:
+            if isinstance(method, agsurgery.DWA) and (step + 1) % (count // batch) == 0:
                 method.end_epoch()
         if isinstance(methods[0], agsurgery.FAMO):
             with torch.no_grad():

@@ -76,6 +76,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.contract_matrix
 	$(BIN)/python -m benchmarks.landscape
 	$(BIN)/python -m benchmarks.pinn
+	$(BIN)/python -m benchmarks.multitask
 
 ## docs: build the documentation, warnings are errors
 docs: $(VENV)/.docs

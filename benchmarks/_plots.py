@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 COLOURS = {
@@ -30,6 +32,17 @@ def colour(method: str, methods: list[str]) -> str:
 def new_figure(width: float, height: float) -> Figure:
     """An empty figure, in inches, that belongs to no window."""
     return Figure(figsize=(width, height), layout="constrained")
+
+
+def dots(axes: Axes, runs: Mapping[str, Sequence[float]], means: Mapping[str, float]) -> None:
+    """One dot for each run of a method, and a bar for the mean."""
+    names = list(runs)
+    for place, (name, values) in enumerate(runs.items()):
+        shade, mean = colour(name, names), means[name]
+        axes.plot([place] * len(values), values, "o", color=shade, alpha=0.5, markersize=5)
+        axes.plot([place - 0.3, place + 0.3], [mean, mean], "-", color=shade, linewidth=2.5)
+    axes.set_xticks(range(len(names)), names, rotation=50, ha="right")
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def save_svg(figure: Figure, path: Path) -> None:

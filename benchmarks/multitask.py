@@ -24,6 +24,7 @@ The runs of a method go through one batch of networks, as in `pinn`; the tests h
 
     python -m benchmarks.multitask
     python -m benchmarks.multitask --problems multimnist --data-root data
+    python -m benchmarks.multitask --methods AGS PCGrad CAGrad Sum UW --rates 2e-2 --out same_rate.json
 """
 
 from __future__ import annotations
@@ -55,13 +56,12 @@ from benchmarks._multitask_data import (
     Problem,
     Task,
 )
-from benchmarks._plots import colour, new_figure, save_svg
+from benchmarks._plots import dots, new_figure, save_svg
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib")
 HIDDEN = (64, 32)  # widths of the trunk
 STEPS, SEEDS = 600, 8
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
-WEIGHTED_RATES = (1e-2, 2e-2, 4e-2)  # with each of two weightings
 TUNING_SEEDS = (1000, 1001)
 FAILED = -1.0  # R2 is cut off here: a constant has 0
 WATCHED = 20  # every n-th step is looked at for conflicts
@@ -120,12 +120,17 @@ METHODS: dict[str, Entry] = {
 }
 
 
-def trials_of(name: str, problem: Problem) -> list[Trial]:
-    """What a method may try: as many trials for each."""
-    if name == WEIGHTED:
-        pairs = itertools.product(WEIGHTED_RATES, problem.weightings)
-        return [Trial(rate, weights) for rate, weights in pairs]
-    return [Trial(rate) for rate in RATES]
+def trials_of(name: str, problem: Problem, rates: Sequence[float] = RATES) -> list[Trial]:
+    """What a method may try: as many trials for each.
+
+    The weighted sum tries its weightings with the middle ones of the rates; with one at least, however few there are.
+    """
+    if name != WEIGHTED:
+        return [Trial(rate) for rate in rates]
+    count = max(1, len(rates) // len(problem.weightings))
+    first = (len(rates) - count + 1) // 2
+    pairs = itertools.product(rates[first : first + count], problem.weightings)
+    return [Trial(rate, weights) for rate, weights in pairs]
 
 
 def instances(entry: Entry, trials: Sequence[Trial], seeds: Sequence[int]) -> list[Any]:
@@ -237,6 +242,16 @@ class Trained(NamedTuple):
     seconds: float
 
 
+def batches(count: int, batch: int, steps: int, generators: Sequence[torch.Generator]) -> Tensor:
+    """`(R, steps or more, batch)` places of examples: epoch after epoch in random order, what remains left out."""
+    epoch = count // batch
+    orders = [
+        torch.stack([torch.randperm(count, generator=g)[: epoch * batch] for g in generators])
+        for _ in range(-(-steps // epoch))
+    ]
+    return torch.cat(orders, 1).unflatten(1, (-1, batch))
+
+
 def train(
     problem: Problem,
     entry: Entry,
@@ -252,13 +267,7 @@ def train(
     sizes = (examples.inputs.shape[1], *HIDDEN)
     networks = Networks(sizes, problem.tasks, generators, device)
     batch = min(problem.batch, count)
-    epoch = count // batch  # steps; what remains is left out
-    orders = [
-        torch.cat([torch.randperm(count, generator=g)[: epoch * batch] for g in generators])
-        for _ in range(-(-steps // epoch))
-    ]
-    order = torch.stack([o.view(len(seeds), epoch, batch) for o in orders], 1).flatten(1, 2)
-    order = order.to(device)
+    order = batches(count, batch, steps, generators).to(device)
     rates = torch.tensor([trial.rate for trial in trials], device=device)
     adam = Adam(networks.flat, rates)
     methods = instances(entry, trials, seeds)
@@ -275,7 +284,7 @@ def train(
         update = torch.cat([combine(methods, rows, values, gramians), own], 1)
         adam.step(networks.flat, update, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         for method in methods:
-            if isinstance(method, agsurgery.DWA) and (step + 1) % epoch == 0:
+            if isinstance(method, agsurgery.DWA) and (step + 1) % (count // batch) == 0:
                 method.end_epoch()
         if isinstance(methods[0], agsurgery.FAMO):
             with torch.no_grad():
@@ -331,11 +340,11 @@ def delta_m(metrics: Tensor, baseline: Tensor) -> Tensor:
 
 
 class Effort(NamedTuple):
-    """How much a method may try, and how often it runs then."""
+    """The learning rates that a method may try, and how often it runs then."""
 
     steps: int
     seeds: int
-    trials: int
+    rates: tuple[float, ...]
 
 
 class Tuned(NamedTuple):
@@ -386,7 +395,7 @@ def single_tasks(problem: Problem, effort: Effort, progress: Callable[[str], Non
     record, validation, test = {}, [], []
     for place, task in enumerate(problem.tasks):
         alone = problem.only(place)
-        trials = trials_of(PLAIN, alone)[: effort.trials]
+        trials = trials_of(PLAIN, alone, effort.rates)
         tuned = tune(alone, METHODS[PLAIN], trials, lambda m: -m[:, 0], effort.steps)
         seeds = range(effort.seeds)
         run = train(alone, METHODS[PLAIN], [tuned.best] * len(seeds), seeds, effort.steps)
@@ -405,7 +414,7 @@ def single_tasks(problem: Problem, effort: Effort, progress: Callable[[str], Non
 def judge(problem: Problem, name: str, baseline: Baseline, effort: Effort) -> dict[str, Any]:
     """Tune a method on the validation examples, then run it on fresh seeds and look at the test examples."""
     tasks, entry = problem.tasks, METHODS[name]
-    trials = trials_of(name, problem)[: effort.trials]
+    trials = trials_of(name, problem, effort.rates)
     tuned = tune(problem, entry, trials, lambda m: delta_m(m, baseline.validation), effort.steps)
     seeds = range(effort.seeds)
     run = train(problem, entry, [tuned.best] * len(seeds), seeds, effort.steps)
@@ -543,18 +552,13 @@ def draw(problems: dict[str, Any], path: Path) -> None:
     figure = new_figure(7.5 * len(problems), 4.2)
     panels = figure.subplots(1, len(problems), squeeze=False)[0]
     for axes, found in zip(panels, problems.values(), strict=True):
-        names = list(found["methods"])
-        for place, name in enumerate(names):
-            values = found["methods"][name]["delta_m_by_seed"]
-            shade, mean = colour(name, names), found["methods"][name]["delta_m"]["mean"]
-            axes.plot([place] * len(values), values, "o", color=shade, alpha=0.4, markersize=4)
-            axes.plot([place - 0.35, place + 0.35], [mean, mean], "-", color=shade, linewidth=2.5)
+        methods = found["methods"].items()
+        changes = {name: method["delta_m_by_seed"] for name, method in methods}
+        dots(axes, changes, {name: method["delta_m"]["mean"] for name, method in methods})
         axes.axhline(0, color="0.6", linewidth=1)
         # Single methods that fail must not hide the differences between the others.
         axes.set_yscale("symlog", linthresh=10)
-        axes.set_xticks(range(len(names)), names, rotation=60, ha="right")
         axes.set(title=found["title"], ylabel="delta_m in %, lower is better")
-        axes.spines[["top", "right"]].set_visible(False)
     save_svg(figure, path)
 
 
@@ -587,13 +591,20 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(BUNDLED))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--data-root", type=Path, help="folder of torchvision's data sets")
+    parser.add_argument(
+        "--rates",
+        nargs="+",
+        type=float,
+        default=list(RATES),
+        help="learning rates to try; with a single one, all methods run with that",
+    )
     parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS})")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"(default: {SEEDS})")
     options = parse(parser, arguments, steps=1, seeds=2)
     device, threads = torch.device(options.device), torch.get_num_threads()
-    effort = Effort(options.steps, options.seeds, len(RATES))
+    effort = Effort(options.steps, options.seeds, tuple(options.rates))
     if options.quick:
-        effort = Effort(3, 2, 2)
+        effort = Effort(3, 2, RATES[:2])
     try:
         loaded = {key: PROBLEMS[key](options.data_root).to(device) for key in options.problems}
     except MissingDataError as error:
@@ -622,7 +633,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "question": __doc__.splitlines()[0],
         "answer": summary,
         "device": options.device,
-        **effort._asdict(),
+        "steps": effort.steps,
+        "seeds": effort.seeds,
+        "trials": len(effort.rates),
         "tuning_seeds": len(TUNING_SEEDS),
         **record,
         "problems": problems,

@@ -41,7 +41,7 @@ from benchmarks._adam import Adam
 from benchmarks._cli import new_parser, parse, result_path
 from benchmarks._intervals import Interval
 from benchmarks._measure import environment, write_json
-from benchmarks._plots import colour, new_figure, save_svg
+from benchmarks._plots import dots, new_figure, save_svg
 
 PACKAGES = ("torch", "numpy", "scipy", "matplotlib")
 VISCOSITY = 0.05 / math.pi
@@ -437,19 +437,11 @@ def draw(problems: dict[str, Any], path: Path) -> None:
     figure = new_figure(5.2 * len(problems), 3.6)
     panels = figure.subplots(1, len(problems), squeeze=False)[0]
     for axes, found in zip(panels, problems.values(), strict=True):
-        names = list(found["methods"])
-        for place, name in enumerate(names):
-            method = found["methods"][name]
-            shade = colour(name, names)
-            axes.plot(
-                [place] * len(method["errors"]), method["errors"], "o", color=shade, alpha=0.5
-            )
-            mean = method["error"]["mean"]
-            axes.plot([place - 0.3, place + 0.3], [mean, mean], "-", color=shade, linewidth=2.5)
+        methods = found["methods"].items()
+        errors = {name: method["errors"] for name, method in methods}
+        dots(axes, errors, {name: method["error"]["mean"] for name, method in methods})
         axes.set_yscale("log")
-        axes.set_xticks(range(len(names)), names, rotation=40, ha="right")
         axes.set(title=found["title"], ylabel="relative L2 error")
-        axes.spines[["top", "right"]].set_visible(False)
     save_svg(figure, path)
 
 

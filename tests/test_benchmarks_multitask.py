@@ -315,7 +315,7 @@ def test_conflicts_are_counted_over_gramians():
 
 
 def judged(problem: Problem, name: str = "Sum") -> dict:
-    effort = multitask.Effort(steps=15, seeds=2, trials=4)
+    effort = multitask.Effort(steps=15, seeds=2, rates=multitask.RATES[:4])
     baseline = multitask.single_tasks(problem, effort, lambda what: None)
     return {"single": baseline.record, "method": multitask.judge(problem, name, baseline, effort)}
 
@@ -350,6 +350,13 @@ def test_every_method_has_as_many_trials():
         found = {name: multitask.trials_of(name, problem) for name in METHODS}
         assert {len(trials) for trials in found.values()} == {len(multitask.RATES)}
         assert {trial.weights for trial in found["weighted sum"]} == set(problem.weightings)
+    assert {t.rate for t in multitask.trials_of("weighted sum", toy())} == {1e-2, 2e-2, 4e-2}
+
+
+def test_with_one_rate_all_methods_have_that():
+    for name in ("AGS", "weighted sum"):
+        trials = multitask.trials_of(name, toy(), [0.1])
+        assert {trial.rate for trial in trials} == {0.1}
 
 
 def test_tuning_and_judging_share_no_seed():

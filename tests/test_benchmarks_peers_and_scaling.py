@@ -55,6 +55,21 @@ def test_shortest_combination_is_optimal_and_the_mean_is_not():
     assert _traps.not_optimal(lambda rows: rows.mean(0), [ROWS]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda update: _traps.opposes(update, [ROWS]),
+        lambda update: _traps.not_optimal(update, [ROWS]),
+        lambda update: _traps.not_fair(update, [ROWS], 1.0),
+        lambda update: _traps.unequal_projections(update, ROWS),
+        lambda update: _traps.depends_on_order(update, ROWS, 2),
+        lambda update: _traps.differs(update, ROWS, ROWS[0]),
+    ],
+)
+def test_an_update_that_is_not_finite_keeps_no_demand(measure):
+    assert measure(lambda rows: math.nan * rows[0]) == math.inf
+
+
 def test_fair_weights_balance_gain_and_weight():
     # Orthogonal gradients: w_i^2 d_i^2 is the same for w = 1 / d.
     rows = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)

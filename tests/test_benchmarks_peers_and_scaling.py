@@ -269,6 +269,19 @@ def test_figures_are_the_same_file_for_the_same_numbers(scaled, tmp_path):
     assert (tmp_path / "again.svg").read_bytes() == out.with_suffix(".svg").read_bytes()
 
 
+def test_stored_measurements_are_fitted_again_and_other_machines_predicted(scaled, tmp_path):
+    result, _, out = scaled
+    again = tmp_path / "again.json"
+    lines = run(
+        scaling.main, ["--refit", str(out), "--network", "1e9", "--quick", "--out", str(again)]
+    )
+    other = json.loads(again.read_text(encoding="utf-8"))
+    assert lines[-1] == result["answer"]
+    assert other["model"] == result["model"]
+    assert other["predicted"]["assumed"]["network"] == 1e9
+    assert other["predicted"]["steps"] != result["predicted"]["steps"]
+
+
 @pytest.mark.parametrize(
     ("script", "arguments"),
     [

@@ -72,7 +72,9 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.kernels
 	$(BIN)/python -m benchmarks.reuse
 	$(BIN)/python -m benchmarks.overhead
+	$(BIN)/python -m benchmarks.scaling
 	$(BIN)/python -m benchmarks.solver_cost
+	$(BIN)/python -m benchmarks.against_peers
 	$(BIN)/python -m benchmarks.contract_matrix
 	$(BIN)/python -m benchmarks.landscape
 	$(BIN)/python -m benchmarks.pinn

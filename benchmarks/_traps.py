@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import importlib
 import math
-import random
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from torch import Tensor
 import agsurgery
 from agsurgery import GradientSurgery
 from benchmarks.solver_cost import random_rows
+
+CPU = torch.device("cpu")
 
 Update = Callable[[Tensor], Tensor]
 """From `(K, n)` gradients to the `(n,)` update."""
@@ -46,12 +48,12 @@ def module(name: str) -> Any:
 # -- how an update is made ----------------------------------------------------------------------------
 
 
-def ours(method: str, **options: Any) -> Callable[[], Update]:
-    """A method of this package on the gradients themselves."""
+def ours(method: str, *, device: torch.device = CPU, **options: Any) -> Callable[[], Update]:
+    """A method of this package on the gradients themselves; its K x K problem is solved on `device`."""
 
     def make() -> Update:
         made = getattr(agsurgery, method)(**options)
-        return lambda rows: made(rows @ rows.T) @ rows
+        return lambda rows: made((rows @ rows.T).to(device)).to(rows.device) @ rows
 
     return make
 
@@ -92,7 +94,7 @@ def conflictfree(operator: str) -> Callable[[], Update]:
     return make
 
 
-class Weights:
+class LinearLosses:
     """K linear losses of one vector of parameters: their gradients are the rows that were given."""
 
     def __init__(self, rows: Tensor) -> None:
@@ -107,8 +109,7 @@ def pytorch_optimizer_pcgrad(reduction: str = "sum") -> Callable[[], Update]:
         library = module("pytorch_optimizer")
 
         def update(rows: Tensor) -> Tensor:
-            random.seed(0)
-            problem = Weights(rows)
+            problem = LinearLosses(rows)
             base = torch.optim.SGD([problem.point], lr=0.1)
             library.PCGrad(base, reduction=reduction).pc_backward(problem.losses)
             assert problem.point.grad is not None
@@ -214,6 +215,8 @@ def not_optimal(update: Update, inputs: Sequence[Tensor]) -> float:
     worst = 0.0
     for rows in inputs:
         found = update(rows)
+        if not bool(found.isfinite().all()):
+            return math.inf
         squared = float(found @ found)
         worst = max(worst, 1 - float((rows @ found).min()) / squared)
     return worst
@@ -278,7 +281,9 @@ def _relative(found: Tensor, expected: Tensor) -> float:
 class Heads:
     """A trunk of 6 numbers, 3 of each head, and one that no loss reaches; two losses with given gradients.
 
-    `draw` sets how long the gradients of the heads are, beside conflicting ones of the trunk.
+    Args:
+        draw: seed of the gradients; those of the trunk conflict.
+        larger: length of the heads' gradients, about, over that of the trunk's.
     """
 
     def __init__(self, draw: int = 0, larger: float = 3.0) -> None:
@@ -567,55 +572,58 @@ NON_OPPOSING = "<g_i, d> >= 0 for all i"
 EQUIVARIANT = "f(s J) = s f(J)"
 
 
-def _dual_cone(method: str) -> list[Trap]:
+Ours = Callable[..., Callable[[], Update]]
+"""`ours`, on some device."""
+
+
+def _dual_cone(method: str, our: Ours) -> list[Trap]:
     imbalanced = spread(100.0, (2, 3, 5), 40)
     wide = spread(10.0, (6,), 10, columns=2)
-    title = f"{method}"
     return [
         Trap(
-            f"{title}: small tasks",
+            f"{method}: small tasks",
             "torchjd",
             "120 random gradients, norms 1 to 100, K = 2, 3, 5",
             NON_OPPOSING,
             lambda f: opposes(f, imbalanced),
-            ours(method),
+            our(method),
             torchjd(method),
         ),
         Trap(
-            f"{title}: small gradients",
+            f"{method}: small gradients",
             "torchjd",
             "two gradients, cosine -0.9, norms 1e-3 and 3e-3",
             NON_OPPOSING,
             lambda f: opposes(f, [1e-3 * pair(-0.9, 3.0)]),
-            ours(method),
+            our(method),
             torchjd(method),
         ),
         Trap(
-            f"{title}: dependent gradients, no ridge",
+            f"{method}: dependent gradients, no ridge",
             "torchjd",
             "10 x 6 random gradients in 2 dimensions, reg_eps = 0",
             NON_OPPOSING,
             lambda f: opposes(f, wide),
-            ours(method),
+            our(method),
             unregularised(method),
         ),
     ]
 
 
-def _of_torchjd() -> list[Trap]:
+def _of_torchjd(our: Ours) -> list[Trap]:
     ten = spread(100.0, (10,), 10, columns=64)
     three = spread(100.0, (3,), 10, columns=64)
     opposite = _rows([1.0, 2.0], [-2.0, -4.0])
     return [
-        *_dual_cone("UPGrad"),
-        *_dual_cone("DualProj"),
+        *_dual_cone("UPGrad", our),
+        *_dual_cone("DualProj", our),
         Trap(
             "CAGrad: small gradients",
             "torchjd",
             "two gradients, cosine -0.6, norms 1; s = 1e-3",
             EQUIVARIANT,
             _equivariant(pair(-0.6, 1.0), 1e-3),
-            _maker(ours("CAGrad", c=0.5)),
+            _maker(our("CAGrad", c=0.5)),
             _maker(torchjd("CAGrad", c=0.5)),
         ),
         Trap(
@@ -624,7 +632,7 @@ def _of_torchjd() -> list[Trap]:
             "10 x 10 random gradients, norms 1 to 100",
             "<g_i, d> >= |d|^2 for all i",
             lambda f: not_optimal(f, ten),
-            ours("MGDA", reduction="mean"),
+            our("MGDA", reduction="mean"),
             torchjd("MGDA"),
         ),
         Trap(
@@ -633,7 +641,7 @@ def _of_torchjd() -> list[Trap]:
             "two gradients, cosine -0.6, norms 1; s = 1e-4",
             EQUIVARIANT,
             _equivariant(pair(-0.6, 1.0), 1e-4),
-            _maker(ours("GradVac")),
+            _maker(our("GradVac")),
             _maker(torchjd("GradVac")),
         ),
         Trap(
@@ -642,7 +650,7 @@ def _of_torchjd() -> list[Trap]:
             "(1, 2) and (-2, -4)",
             "<g_i, d> / |g_i| equal, or d = 0",
             lambda f: unequal_projections(f, opposite),
-            ours("IMTLG"),
+            our("IMTLG"),
             torchjd("IMTLG"),
         ),
         *(
@@ -652,7 +660,7 @@ def _of_torchjd() -> list[Trap]:
                 "two gradients, cosine -0.6, norms 1e-3 and 2e-3",
                 "(G w)_i w_i^(1/alpha) equal for all i",
                 lambda f, a=alpha: not_fair(f, [1e-3 * pair(-0.6, 2.0)], a),
-                ours("FairGrad", alpha=alpha),
+                our("FairGrad", alpha=alpha),
                 torchjd("FairGrad", alpha=alpha),
             )
             for alpha in (1.0, 2.0)
@@ -663,7 +671,7 @@ def _of_torchjd() -> list[Trap]:
             "10 x 3 random gradients, norms 1 to 100",
             "(G w)_i w_i equal for all i",
             lambda f: not_fair(f, three, 1.0),
-            ours("NashMTL"),
+            our("NashMTL"),
             torchjd("NashMTL", n_tasks=3),
         ),
         Trap(
@@ -672,7 +680,7 @@ def _of_torchjd() -> list[Trap]:
             "two gradients, cosine -0.6, norms 1 and 2",
             "(G w)_i w_i equal for all i",
             lambda f: not_fair(f, [pair(-0.6, 2.0)], 1.0),
-            ours("NashMTL"),
+            our("NashMTL"),
             torchjd("NashMTL", n_tasks=2),
         ),
         Trap(
@@ -681,7 +689,7 @@ def _of_torchjd() -> list[Trap]:
             "K = 1",
             "d along g",
             lambda f: opposes(f, [pair(0.5, 1.0)[:1]]),
-            ours("NashMTL"),
+            our("NashMTL"),
             torchjd("NashMTL", n_tasks=1),
         ),
         Trap(
@@ -706,7 +714,7 @@ def _of_torchjd() -> list[Trap]:
     ]
 
 
-def _of_conflictfree() -> list[Trap]:
+def _of_conflictfree(our: Ours) -> list[Trap]:
     first = _rows([1.0, 2.0])
     traps = [
         Trap(
@@ -715,7 +723,7 @@ def _of_conflictfree() -> list[Trap]:
             f"(1, 2) and {second}",
             demand,
             measure,
-            ours("ConFIG"),
+            our("ConFIG"),
             conflictfree("ConFIGOperator"),
         )
         for name, second, demand, measure in (
@@ -746,7 +754,7 @@ def _of_conflictfree() -> list[Trap]:
             "three gradients in float64",
             "an update of equal cosines",
             lambda f: unequal_projections(f, THREE),
-            ours("ConFIG"),
+            our("ConFIG"),
             conflictfree("ConFIGOperator"),
         ),
         Trap(
@@ -755,7 +763,7 @@ def _of_conflictfree() -> list[Trap]:
             "three gradients, 200 draws",
             "the mean update does not depend on how tasks are numbered",
             lambda f: depends_on_order(f, THREE, 200),
-            ours("PCGrad"),
+            our("PCGrad"),
             conflictfree("PCGradOperator"),
             tolerance=0.05,
         ),
@@ -802,7 +810,7 @@ def _with_heads(peer: str, theirs: Callable[[], Fill]) -> list[Trap]:
     ]
 
 
-def _of_pytorch_optimizer() -> list[Trap]:
+def _of_pytorch_optimizer(our: Ours) -> list[Trap]:
     rows = pair(-0.6, 2.0)
     peer, theirs = "pytorch_optimizer", fill_pytorch_optimizer
     return [
@@ -831,7 +839,7 @@ def _of_pytorch_optimizer() -> list[Trap]:
             "two gradients, cosine -0.6, reduction='sum'",
             "the sum of the projected gradients",
             lambda f: differs(f, rows, project(rows, [(1,), (0,)])),
-            ours("PCGrad"),
+            our("PCGrad"),
             pytorch_optimizer_pcgrad("sum"),
         ),
         Trap(
@@ -840,7 +848,7 @@ def _of_pytorch_optimizer() -> list[Trap]:
             "two gradients, cosine -0.6; s = 1e-8",
             EQUIVARIANT,
             _equivariant(rows, 1e-8),
-            _maker(ours("PCGrad")),
+            _maker(our("PCGrad")),
             _maker(pytorch_optimizer_pcgrad()),
         ),
         Trap(
@@ -849,13 +857,13 @@ def _of_pytorch_optimizer() -> list[Trap]:
             "an infinite entry",
             "the update is not finite",
             lambda f: hides(f, INFINITE),
-            ours("PCGrad"),
+            our("PCGrad"),
             pytorch_optimizer_pcgrad(),
         ),
     ]
 
 
-def _patterns() -> list[Trap]:
+def _patterns(our: Ours) -> list[Trap]:
     rows = pair(-0.8, 1.0)
     return [
         *_with_heads("pattern", fill_mixed),
@@ -865,7 +873,7 @@ def _patterns() -> list[Trap]:
             "three gradients, 200 draws",
             "the mean update does not depend on how tasks are numbered",
             lambda f: depends_on_order(f, THREE, 200),
-            ours("PCGrad"),
+            our("PCGrad"),
             fixed_order,
             tolerance=0.05,
         ),
@@ -876,7 +884,7 @@ def _patterns() -> list[Trap]:
                 f"two gradients, cosine -0.8; s = {scale:g}",
                 EQUIVARIANT,
                 _equivariant(rows, scale),
-                _maker(ours("PCGrad")),
+                _maker(our("PCGrad")),
                 _maker(absolute_epsilon(eps)),
             )
             for eps, scale in ((1e-5, 1e-3), (1e-8, 1e-4))
@@ -887,7 +895,7 @@ def _patterns() -> list[Trap]:
             "three gradients of norms 1, 3 and 0.3; s = 1e-3",
             EQUIVARIANT,
             _equivariant(THREE * torch.tensor([[1.0], [3.0], [0.3]], dtype=torch.float64), 1e-3),
-            _maker(ours("CAGrad", c=0.5)),
+            _maker(our("CAGrad", c=0.5)),
             _maker(cagrad_by_slsqp()),
         ),
         Trap(
@@ -896,7 +904,7 @@ def _patterns() -> list[Trap]:
             "an infinite entry",
             "the update is not finite",
             lambda f: hides(f, INFINITE),
-            ours("PCGrad"),
+            our("PCGrad"),
             cleaned_gradients,
         ),
         Trap(
@@ -905,12 +913,18 @@ def _patterns() -> list[Trap]:
             "two gradients, cosine -0.8",
             "the sum of the projected gradients",
             lambda f: differs(f, rows, project(rows, [(1,), (0,)])),
-            ours("PCGrad"),
+            our("PCGrad"),
             mean_called_sum,
         ),
     ]
 
 
-def all_traps() -> list[Trap]:
-    """Every row, by peer."""
-    return [*_of_torchjd(), *_of_conflictfree(), *_of_pytorch_optimizer(), *_patterns()]
+def all_traps(device: torch.device = CPU) -> list[Trap]:
+    """Every row, by peer; our K x K problems are solved on `device`."""
+    our = partial(ours, device=device)
+    return [
+        *_of_torchjd(our),
+        *_of_conflictfree(our),
+        *_of_pytorch_optimizer(our),
+        *_patterns(our),
+    ]

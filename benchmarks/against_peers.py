@@ -185,7 +185,7 @@ def difference(pair: Agreement, tasks: int, inputs: int, device: torch.device) -
     worst = 0.0
     for seed in range(inputs):
         rows = pair.rows(tasks, seed)
-        mine = on(device, ours(pair.method, **pair.options)())(rows)
+        mine = ours(pair.method, device=device, **pair.options)()(rows)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             theirs = pair.theirs(tasks)(rows.to(pair.dtype)).double()
@@ -193,11 +193,6 @@ def difference(pair: Agreement, tasks: int, inputs: int, device: torch.device) -
             mine, theirs = mine / mine.norm(), theirs / theirs.norm()
         worst = max(worst, float((mine - theirs).norm() / theirs.norm()))
     return worst
-
-
-def on(device: torch.device, update: Update) -> Update:
-    """The same, solved on a device."""
-    return lambda rows: update(rows.to(device)).to(rows.device)
 
 
 # -- where they are not -------------------------------------------------------------------------------
@@ -347,7 +342,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             print(agreement_line(row), flush=True)
         print(f"\n  {'peer':<18}{'definition kept? (broken by)':<44} {'ours':>13} {'theirs':>13}")
         traps = []
-        for trap in all_traps():
+        for trap in all_traps(device):
             if trap.peer in options.peers:
                 traps.append(spring(trap))
                 print(trap_line(traps[-1]), flush=True)

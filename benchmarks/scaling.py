@@ -10,11 +10,14 @@ Seconds are processor time (on a GPU: by the clock), which other work on the mac
 are stored. Plain summed step, K passes without surgery, and AGS take turns on one network.
 
     python -m benchmarks.scaling
-    python -m benchmarks.scaling --network 4e11 --memory 3.3e12     # predict for another machine
+    python -m benchmarks.scaling --refit benchmarks/results/scaling.json --network 4e11 --out other.json
+
+The second predicts for another machine from stored measurements.
 """
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -265,10 +268,8 @@ def rank_cells(
     return cells, skipped
 
 
-def summarise_ranks(
-    cells: Sequence[RankCell], results: Sequence[dict[str, Any]]
-) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """One row for each cell, and the model of the exchange with its errors."""
+def rank_rows(cells: Sequence[RankCell], results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each cell."""
     rows: list[dict[str, Any]] = []
     alone: dict[tuple[int, int], float] = {}
     for cell, result in zip(cells, results, strict=True):
@@ -291,18 +292,30 @@ def summarise_ranks(
             row["added_cpu_ms"] = round(row["cpu_ms"]["median"] - alone[key], 4)
             row["alone_cpu_ms"] = alone[key]
         rows.append(row)
+    return rows
+
+
+def fit_ranks(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The model of the exchange with its errors; writes what it predicts into the rows.
+
+    A ring of W processes passes W - 1 messages on where two processes exchange one.
+    """
+
+    def cost(r: dict[str, Any]) -> tuple[float, float]:
+        return r["messages"] * (r["ranks"] - 1), r["bytes"]
+
     model: dict[str, Any] = {}
     for exchange in EXCHANGES:
         several = [r for r in rows if r["ranks"] > 1 and r["exchange"] == exchange]
         fitted = [r for r in several if r["ranks"] == 2]
         rates = fit_exchange(
-            [r["messages"] for r in fitted],
-            [r["bytes"] for r in fitted],
+            [cost(r)[0] for r in fitted],
+            [cost(r)[1] for r in fitted],
             np.array([1e-3 * r["added_cpu_ms"] for r in fitted]),
             np.array([1e-3 * r["cpu_ms"]["median"] for r in fitted]),
         )
         for r in several:
-            added = 1e3 * float(rates @ np.array([r["messages"], r["bytes"]]))
+            added = 1e3 * float(rates @ np.array(cost(r)))
             r["model_cpu_ms"] = round(r["alone_cpu_ms"] + added, 4)
         model[exchange] = {
             "seconds_per_message": float(f"{rates[0]:.3g}"),
@@ -318,7 +331,7 @@ def summarise_ranks(
                 for w in sorted({r["ranks"] for r in several})
             },
         }
-    return rows, model
+    return model
 
 
 # -- report -------------------------------------------------------------------------------------------
@@ -420,6 +433,9 @@ def draw(result: dict[str, Any], path: Path) -> None:
         axes.legend(fontsize=7)
     by_size.set(ylabel="ms per step with AGS", title="full: fitted; hollow: held out")
     by_tasks.set(title="line: model")
+    by_tasks.set_xticks(sorted({c["tasks"] for c in cells}))
+    by_tasks.xaxis.set_major_formatter("{x:.0f}")
+    by_tasks.minorticks_off()
     rows = [r for r in result["ranks"] if r["exchange"] == EXCHANGES[0]]
     for number, key in enumerate(sorted({(r["parameters"], r["tasks"]) for r in rows})):
         line = [r for r in rows if (r["parameters"], r["tasks"]) == key]
@@ -439,11 +455,71 @@ def draw(result: dict[str, Any], path: Path) -> None:
 # -- running ------------------------------------------------------------------------------------------
 
 
+def measure(device: torch.device, rounds: int, quick: bool) -> dict[str, Any]:
+    """All that is measured or counted, as it goes into the JSON file."""
+    tasks, sizes, beyond = TASKS, SIZES, (BEYOND,)
+    rank_grid: tuple[Sequence[int], Sequence[int], Sequence[int]] = (RANKS, RANK_TASKS, RANK_SIZES)
+    rank_rounds, block = RANK_ROUNDS, BLOCK_SECONDS
+    if quick:
+        tasks, sizes, beyond = (2, 4, 8), (2_500, 10_000, 40_000), (90_000,)
+        rank_grid, rounds, rank_rounds, block = ((1, 2), (2,), (16_384,)), 1, 1, 0.001
+    record = environment(device, PACKAGES)
+    record["versions"]["agsurgery"] = agsurgery.__version__
+    cells, skipped = [], []
+    print(HEADER, flush=True)
+    for n in (*sizes, *beyond):
+        for k in tasks:
+            if needed_bytes(k, n) > LIMIT:
+                skipped.append(f"K = {k}, n = {n:.0e}: more than {LIMIT:.0e} B")
+                continue
+            cell = measure_cell(k, n, device, rounds, block)
+            cell["part"] = part_of(k, n, tasks, sizes)
+            cells.append(cell)
+            print(cell_line(cell), flush=True)
+    solver = solver_seconds(tasks, device, rounds, block)
+    chosen, too_large = rank_cells(*rank_grid)
+    print(f"Processes: {len(chosen)} cells", flush=True)
+    return {
+        "device": str(device),
+        "rounds": rounds,
+        **record,
+        "cells": cells,
+        "solver_ms": {str(k): float(f"{1e3 * s:.4g}") for k, s in solver.items()},
+        "ranks": rank_rows(chosen, measure_ranks(chosen, rank_rounds)),
+        "skipped": [*skipped, *too_large],
+        "added_operations": {str(k): operations(k)._asdict() for k in PREDICTED_TASKS},
+    }
+
+
+def conclude(measured: dict[str, Any], machine: Machine) -> dict[str, Any]:
+    """Measurements with the models fitted to them, the predictions and the answer."""
+    solver = {int(k): 1e-3 * ms for k, ms in measured["solver_ms"].items()}
+    counted = {int(k): Operations(**v) for k, v in measured["added_operations"].items()}
+    result = {
+        "question": (__doc__ or "").splitlines()[0],
+        **measured,
+        "model_commit": environment(torch.device("cpu"), ())["commit"],
+        "model": fit_cells(measured["cells"], solver),
+        "exchange_model": fit_ranks(measured["ranks"]),
+        "predicted": {
+            "assumed": assumptions(machine),
+            "steps": [
+                predict_step(machine, k, n, w, operations)
+                for n in PREDICTED_SIZES
+                for k, operations in counted.items()
+                for w in PREDICTED_RANKS
+            ],
+        },
+    }
+    return {**result, "answer": answer(result)}
+
+
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark with command line arguments; returns what the JSON file holds."""
     assert __doc__ is not None
     parser = new_parser(__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS, help="samples per arm")
+    parser.add_argument("--refit", type=Path, help="take the measurements from this JSON file")
     for name, unit in (
         ("flops", "operations/s of the passes"),
         ("memory", "bytes/s of the memory"),
@@ -455,64 +531,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     options = parse(parser, arguments, rounds=1)
     if min(options.flops, options.memory, options.network) <= 0:
         parser.error("--flops, --memory and --network must be positive.")
-    device, threads = torch.device(options.device), torch.get_num_threads()
-    tasks, sizes, beyond = TASKS, SIZES, (BEYOND,)
-    rank_grid: tuple[Sequence[int], Sequence[int], Sequence[int]] = (RANKS, RANK_TASKS, RANK_SIZES)
-    rounds, rank_rounds, block = options.rounds, RANK_ROUNDS, BLOCK_SECONDS
-    if options.quick:
-        tasks, sizes, beyond = (2, 4, 8), (2_500, 10_000, 40_000), (90_000,)
-        rank_grid, rounds, rank_rounds, block = ((1, 2), (2,), (16_384,)), 1, 1, 0.001
-    torch.set_num_threads(1)
-    try:
-        record = environment(device, PACKAGES)
-        record["versions"]["agsurgery"] = agsurgery.__version__
-        cells, skipped = [], []
-        print(HEADER, flush=True)
-        for n in (*sizes, *beyond):
-            for k in tasks:
-                if needed_bytes(k, n) > LIMIT:
-                    skipped.append(f"K = {k}, n = {n:.0e}: more than {LIMIT:.0e} B")
-                    continue
-                cell = measure_cell(k, n, device, rounds, block)
-                cell["part"] = part_of(k, n, tasks, sizes)
-                cells.append(cell)
-                print(cell_line(cell), flush=True)
-        solver = solver_seconds(tasks, device, rounds, block)
-        counted = {k: operations(k) for k in PREDICTED_TASKS}
-    finally:
-        torch.set_num_threads(threads)
-    model = fit_cells(cells, solver)
-    chosen, too_large = rank_cells(*rank_grid)
-    skipped += too_large
-    print(f"Processes: {len(chosen)} cells", flush=True)
-    ranks, exchange_model = summarise_ranks(chosen, measure_ranks(chosen, rank_rounds))
     machine = replace(
         Machine(), flops=options.flops, memory=options.memory, network=options.network
     )
-    predictions = [
-        predict_step(machine, k, n, w, counted[k])
-        for n in PREDICTED_SIZES
-        for k in PREDICTED_TASKS
-        for w in PREDICTED_RANKS
-    ]
-    result: dict[str, Any] = {
-        "question": __doc__.splitlines()[0],
-        "device": options.device,
-        "rounds": rounds,
-        **record,
-        "cells": cells,
-        "solver_ms": {str(k): float(f"{1e3 * s:.4g}") for k, s in solver.items()},
-        "model": model,
-        "ranks": ranks,
-        "exchange_model": exchange_model,
-        "skipped": skipped,
-        "predicted": {
-            "assumed": assumptions(machine),
-            "added_operations": {str(k): v._asdict() for k, v in counted.items()},
-            "steps": predictions,
-        },
-    }
-    result["answer"] = answer(result)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        if options.refit is None:
+            measured = measure(torch.device(options.device), options.rounds, options.quick)
+        else:
+            measured = json.loads(options.refit.read_text(encoding="utf-8"))
+    finally:
+        torch.set_num_threads(threads)
+    result = conclude(measured, machine)
     out = result_path(options, "scaling")
     if out is not None:
         draw(result, out.with_suffix(".svg"))
@@ -521,13 +552,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         f"  {'W':>2} {'K':>3} {'n':>10}  {'exchange':<14} {'cpu ms':>9} {'model':>9} {'wall':>9}"
         f" {'bytes':>12} {'/ docs':>7}"
     )
-    print("\n".join(rank_line(row) for row in ranks))
-    print("Seconds per unit:", model["AGS"], "K passes:", model["K passes"])
-    print("Off by:", model["errors"])
-    print("Exchange:", exchange_model)
-    print("\n".join(f"Skipped: {reason}" for reason in skipped))
+    print("\n".join(rank_line(row) for row in result["ranks"]))
+    for name in ("K passes", "AGS"):
+        print(f"Seconds per unit, {name}:", result["model"][name])
+    print("Off by:", result["model"]["errors"])
+    print("Exchange:", result["exchange_model"])
+    print("\n".join(f"Skipped: {reason}" for reason in result["skipped"]))
     print(f"Predicted, not measured, ms on a machine with {assumptions(machine)}:")
-    print("\n".join(prediction_lines(predictions)))
+    print("\n".join(prediction_lines(result["predicted"]["steps"])))
     print(result["answer"])
     return result
 

@@ -55,6 +55,21 @@ def test_shortest_combination_is_optimal_and_the_mean_is_not():
     assert _traps.not_optimal(lambda rows: rows.mean(0), [ROWS]) == pytest.approx(1)
 
 
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda update: _traps.opposes(update, [ROWS]),
+        lambda update: _traps.not_optimal(update, [ROWS]),
+        lambda update: _traps.not_fair(update, [ROWS], 1.0),
+        lambda update: _traps.unequal_projections(update, ROWS),
+        lambda update: _traps.depends_on_order(update, ROWS, 2),
+        lambda update: _traps.differs(update, ROWS, ROWS[0]),
+    ],
+)
+def test_an_update_that_is_not_finite_keeps_no_demand(measure):
+    assert measure(lambda rows: math.nan * rows[0]) == math.inf
+
+
 def test_fair_weights_balance_gain_and_weight():
     # Orthogonal gradients: w_i^2 d_i^2 is the same for w = 1 / d.
     rows = torch.tensor([[1.0, 0.0], [0.0, 4.0]], dtype=torch.float64)
@@ -252,6 +267,19 @@ def test_figures_are_the_same_file_for_the_same_numbers(scaled, tmp_path):
     result, _, out = scaled
     scaling.draw(result, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == out.with_suffix(".svg").read_bytes()
+
+
+def test_stored_measurements_are_fitted_again_and_other_machines_predicted(scaled, tmp_path):
+    result, _, out = scaled
+    again = tmp_path / "again.json"
+    lines = run(
+        scaling.main, ["--refit", str(out), "--network", "1e9", "--quick", "--out", str(again)]
+    )
+    other = json.loads(again.read_text(encoding="utf-8"))
+    assert lines[-1] == result["answer"]
+    assert other["model"] == result["model"]
+    assert other["predicted"]["assumed"]["network"] == 1e9
+    assert other["predicted"]["steps"] != result["predicted"]["steps"]
 
 
 @pytest.mark.parametrize(

@@ -429,7 +429,7 @@ def test_quick_run_compares_seed_by_seed(quick_run):
 def test_quick_run_takes_delta_m_from_the_metrics(quick_run):
     result, _, _, _ = quick_run
     for problem in result["problems"].values():
-        single = {task: found["metric"]["mean"] for task, found in problem["single"].items()}
+        single = {task: found["metric"] for task, found in problem["single"].items()}
         for found in problem["methods"].values():
             changes = [
                 (found["metrics"][task]["mean"] - value) / abs(value)

@@ -4,6 +4,7 @@ import io
 
 import pytest
 import torch
+import torch._functorch.config
 from torch import nn
 
 import agsurgery
@@ -468,8 +469,8 @@ def test_gradients_taken_task_by_task_are_those_of_one_call(case, granularity):
     check(single, [p.grad for p in whole.parameters()])
 
 
-def test_the_lean_engine_takes_a_compiled_trunk_one_task_after_the_other(monkeypatch):
-    monkeypatch.setattr("torch._functorch.config.donated_buffer", False)
+@torch._functorch.config.patch(donated_buffer=False)
+def test_the_lean_engine_takes_a_compiled_trunk_one_task_after_the_other():
     model = make(MLP)
     gramian, _, expected = reference(model, method)
     model.trunk = torch.compile(model.trunk, backend="aot_eager")

@@ -98,8 +98,8 @@ def test_a_model_compiled_for_one_backward_pass_is_refused_with_the_remedy():
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-def test_the_remedy_helps(monkeypatch):
-    monkeypatch.setattr(torch._functorch.config, "donated_buffer", False)
+@torch._functorch.config.patch(donated_buffer=False)
+def test_the_remedy_helps():
     model = make_case(MLP)
     _, _, expected = reference(model, method)
     model.trunk = torch.compile(model.trunk, backend="aot_eager")

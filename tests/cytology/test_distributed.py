@@ -1,6 +1,5 @@
 """Pretraining in several processes: who works on which patches, and that all end with the same weights."""
 
-import inspect
 import json
 import os
 import shutil
@@ -12,7 +11,6 @@ import pandas as pd
 import pytest
 import torch
 
-from agsurgery import GradientSurgery
 from examples.slam_ags_cytology import distributed as module
 from examples.slam_ags_cytology.distributed import World, join, surgery_options
 from examples.slam_ags_cytology.errors import UserError
@@ -20,11 +18,6 @@ from examples.slam_ags_cytology.networks import load_encoder
 from examples.slam_ags_cytology.run import RunConfig, run
 from examples.slam_ags_cytology.training import view_seed
 from tests.cytology._tiny import draw_tiny
-
-needs_process_group = pytest.mark.skipif(
-    "process_group" not in inspect.signature(GradientSurgery.__init__).parameters,
-    reason="GradientSurgery cannot average over processes yet",
-)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3, 5])
@@ -119,7 +112,6 @@ def launch(out, stop=0, **changes):
     )
 
 
-@needs_process_group
 @pytest.mark.slow
 @pytest.mark.parametrize("arm", ["ags", "simclr", "sil"])
 def test_two_processes_end_with_the_same_weights(drawn, tmp_path, arm):
@@ -135,7 +127,6 @@ def test_two_processes_end_with_the_same_weights(drawn, tmp_path, arm):
     assert len(list(out.glob("cells-32.npy"))) == 1
 
 
-@needs_process_group
 @pytest.mark.slow
 def test_two_processes_that_were_killed_end_as_if_they_had_not_been(drawn, tmp_path):
     whole, out = (shutil.copytree(drawn, tmp_path / name) for name in ("whole", "killed"))

@@ -261,7 +261,7 @@ class Engine:
             collector = collect(
                 step, step.parameters, self.options.resharding, retain_last=once_more
             )
-            common = shared_among(collector.reached(), self._named())
+            common = self._common(collector)
             if step.outbox is not None and self._council is not None:
                 agreement = self._agree_on_gradients(collector, self._council)
                 step, common = replace(step, agreement=agreement), agreement.shared

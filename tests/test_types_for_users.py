@@ -10,9 +10,10 @@ ROOT = Path(__file__).parent.parent
 USER = """
 from __future__ import annotations
 
+from typing import assert_type
+
 import torch
 from torch import Tensor
-from typing_extensions import assert_type
 
 from agsurgery import (
     AGS,

@@ -53,3 +53,9 @@ class AGS(NormRestored):
         self, *, max_scale: float | None = 10.0, seed: int = 0, reduction: Reduction = "sum"
     ) -> None:
         super().__init__(PCGrad(seed=seed), max_scale=max_scale, reduction=reduction)
+
+    @property
+    def seed(self) -> int:
+        """See `PCGrad`."""
+        assert isinstance(self.method, PCGrad)
+        return self.method.seed

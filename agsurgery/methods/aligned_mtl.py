@@ -52,8 +52,8 @@ class AlignedMTL(Method):
 
     def __init__(
         self,
-        scale: Scale = "min",
         *,
+        scale: Scale = "min",
         preference: Preference = None,
         reduction: Reduction = "sum",
     ) -> None:

@@ -78,6 +78,11 @@ class GradDrop(RowMethod):
         self._random = Draws(seed)
         self._start: Tensor | None = None
 
+    @property
+    def seed(self) -> int:
+        """The seed in use: that of the checkpoint, once one was loaded."""
+        return self._random.seed
+
     def begin(self, device: torch.device) -> None:
         """Take the next draw."""
         self._start = self._random.next(device)

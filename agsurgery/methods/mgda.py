@@ -10,7 +10,7 @@ from torch import Tensor
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
 from agsurgery.methods._simplex import shortest_combination
 
-Normalisation: TypeAlias = Literal["none", "norm", "loss", "loss+norm"]
+Normalization: TypeAlias = Literal["none", "norm", "loss", "loss+norm"]
 
 
 class MGDA(Method):
@@ -49,7 +49,7 @@ class MGDA(Method):
     """
 
     def __init__(
-        self, *, normalization: Normalisation = "none", reduction: Reduction = "sum"
+        self, *, normalization: Normalization = "none", reduction: Reduction = "sum"
     ) -> None:
         super().__init__(reduction=reduction)
         if normalization not in ("none", "norm", "loss", "loss+norm"):
@@ -57,7 +57,7 @@ class MGDA(Method):
                 '`normalization` must be "none", "norm", "loss" or "loss+norm". '
                 f"Got {normalization!r}."
             )
-        self.normalization: Normalisation = normalization
+        self.normalization: Normalization = normalization
 
     def _solve_sum(self, problem: Problem) -> Solution:
         split = problem.split

@@ -30,6 +30,11 @@ class Random(Method):
         super().__init__(reduction=reduction)
         self._random = Draws(seed)
 
+    @property
+    def seed(self) -> int:
+        """The seed in use: that of the checkpoint, once one was loaded."""
+        return self._random.seed
+
     def _solve_sum(self, problem: Problem) -> Solution:
         gramian = problem.gramian
         tasks = gramian.shape[-1]

@@ -31,6 +31,11 @@ class RLW(LossMethod):
         super().__init__(reduction=reduction)
         self._random = Draws(seed)
 
+    @property
+    def seed(self) -> int:
+        """The seed in use: that of the checkpoint, once one was loaded."""
+        return self._random.seed
+
     def _weigh(self, losses: Tensor, tasks: tuple[str, ...]) -> Tensor:
         drawn = uniform(self._random.next(losses.device), len(tasks))
         normal: Tensor = torch.special.ndtri(drawn)

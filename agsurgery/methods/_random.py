@@ -113,8 +113,8 @@ class Draws:
         return _draw_start(self._hash, self._draws)
 
 
-class RandomlyOrdered(Method):
-    """Base of the methods that take the tasks in random order."""
+class Seeded(Method):
+    """Base of the methods that draw at random."""
 
     def __init__(self, *, seed: int = 0, reduction: Reduction = "sum") -> None:
         super().__init__(reduction=reduction)
@@ -126,8 +126,12 @@ class RandomlyOrdered(Method):
         return self._random.seed
 
     def state(self) -> Mapping[str, Tensor]:
-        """Seed and number of the random orders drawn so far (0-d int64)."""
+        """Seed and number of the draws so far (0-d int64)."""
         return self._random.tensors()
+
+
+class RandomlyOrdered(Seeded):
+    """Base of the methods that take the tasks in random order."""
 
     def _orders(self, gramian: Tensor) -> Tensor | None:
         """The orders of this step; None for two tasks, where they make no difference."""

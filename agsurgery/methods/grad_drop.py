@@ -9,10 +9,10 @@ from torch import Tensor
 
 from agsurgery.methods._base import Reduction, RowMethod
 from agsurgery.methods._preference import PerTask
-from agsurgery.methods._random import Draws, uniform
+from agsurgery.methods._random import Seeded, uniform
 
 
-class GradDrop(RowMethod):
+class GradDrop(Seeded, RowMethod):
     r"""Gradient sign dropout: in each coordinate the positive or the negative entries go through, by a draw.
 
     With the entries :math:`g_i` of the tasks in one coordinate, their purity
@@ -64,7 +64,7 @@ class GradDrop(RowMethod):
         seed: int = 0,
         reduction: Reduction = "sum",
     ) -> None:
-        super().__init__(reduction=reduction)
+        super().__init__(seed=seed, reduction=reduction)
         numbers = [leak] if isinstance(leak, int | float) else leak
         if isinstance(numbers, Mapping):
             raise TypeError(
@@ -75,13 +75,7 @@ class GradDrop(RowMethod):
         if not all(0 <= number <= 1 for number in numbers):
             raise ValueError(f"Every number of `leak` must be between 0 and 1. Got {leak!r}.")
         self.leak = leak
-        self._random = Draws(seed)
         self._start: Tensor | None = None
-
-    @property
-    def seed(self) -> int:
-        """The seed in use: that of the checkpoint, once one was loaded."""
-        return self._random.seed
 
     def begin(self, device: torch.device) -> None:
         """Take the next draw."""
@@ -109,7 +103,3 @@ class GradDrop(RowMethod):
         if isinstance(self.leak, int | float):
             return float(self.leak)
         return self._leaks.tensor([str(task) for task in range(rows.shape[0])], rows).unsqueeze(1)
-
-    def state(self) -> Mapping[str, Tensor]:
-        """Seed and number of the draws taken so far (0-d int64)."""
-        return self._random.tensors()

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
+from agsurgery.methods._cosine import Cosines
 from agsurgery.methods._simplex import shortest_combination
 
 Normalization: TypeAlias = Literal["none", "norm", "loss", "loss+norm"]
@@ -66,7 +67,7 @@ class MGDA(Method):
             lengths = lengths / self._positive_losses(problem)
         lengths = torch.where(split.norms == 0, 0.0, lengths)
         reciprocals = torch.where(lengths == 0, 0.0, lengths.reciprocal())
-        combination = shortest_combination(split._replace(norms=lengths, reciprocals=reciprocals))
+        combination = shortest_combination(Cosines(lengths, reciprocals, split.matrix))
         count = split.present.sum(-1, keepdim=True)
         weights = torch.where(split.norms == 0, 1.0, count * combination.weights)
         return Solution(weights, problem.gramian.new_ones(problem.gramian.shape[:-2]))

@@ -34,7 +34,7 @@ class AGS(NormRestored):
             and a step made of rounding noise would be blown up to full length. The default is far above what ordinary
             steps need: s stayed below 3 over random conflicting pairs with norm ratios up to 100. None: no limit.
         seed: see `PCGrad`.
-        reduction: see `Method`; the published script sums.
+        reduction: `"mean"` divides by K; the published script sums.
 
     Raises:
         ValueError: `max_scale` is not positive.
@@ -45,7 +45,8 @@ class AGS(NormRestored):
         tensor([1., 1.], dtype=torch.float64)
 
     References:
-        SLAM-AGS: slide-label-aware multi-task pretraining with adaptive gradient surgery, 2025 (its "AGS" step).
+        Acerbis et al., [SLAM-AGS](https://arxiv.org/abs/2511.14639), 2025, its "AGS" step.
+
         Yu et al., [Gradient Surgery for Multi-Task Learning](https://arxiv.org/abs/2001.06782), 2020.
     """
 

@@ -30,7 +30,7 @@ class GradDrop(Seeded, RowMethod):
         leak: :math:`l_i`, the share of a gradient that passes whatever its sign, between 0 and 1: one number, or one
             for each task in the order of the losses. 1 for all tasks is the plain sum.
         seed: of the draws. Equal seeds give equal draws on every rank.
-        reduction: see `Method`; the paper sums.
+        reduction: `"mean"` divides by K; the paper sums.
 
     Raises:
         TypeError: `leak` is neither a number nor a sequence.

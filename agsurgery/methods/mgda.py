@@ -27,8 +27,8 @@ class MGDA(Method):
         normalization: solve for gradients divided by s: `"none"`, `"norm"` (:math:`s_i = |g_i|`), `"loss"`
             (:math:`s_i = l_i`) or `"loss+norm"` (:math:`s_i = l_i |g_i|`). The losses must be positive; the weights
             are NaN if one is not.
-        reduction: see `Method`. The paper's weights sum to 1, which is the scale of the mean; `"sum"` multiplies them
-            by the number of tasks with a gradient.
+        reduction: `"mean"` divides by K. The paper's weights sum to 1, which is the scale of the mean; `"sum"`
+            multiplies them by the number of tasks with a gradient.
 
     Raises:
         ValueError: unknown normalisation; one with losses is asked for weights without losses.
@@ -45,6 +45,7 @@ class MGDA(Method):
 
     References:
         Désidéri, [Multiple-gradient descent algorithm](https://doi.org/10.1016/j.crma.2012.03.014), 2012.
+
         Sener and Koltun, [Multi-Task Learning as Multi-Objective Optimization](https://arxiv.org/abs/1810.04650), 2018,
         equation 3.
     """

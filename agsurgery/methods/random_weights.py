@@ -14,7 +14,7 @@ class Random(Seeded):
 
     Args:
         seed: of the draws. Equal seeds give equal weights on every rank.
-        reduction: see `Method`; `"mean"` makes the weights sum to 1.
+        reduction: `"mean"` divides by K: the weights sum to 1.
 
     Example:
         >>> import torch

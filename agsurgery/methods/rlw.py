@@ -14,7 +14,7 @@ class RLW(Seeded, LossMethod):
 
     Args:
         seed: of the draws. Equal seeds give equal weights on every rank.
-        reduction: see `Method`. The paper's weights sum to 1, which is the scale of the mean.
+        reduction: `"mean"` divides by K. The paper's weights sum to 1, which is the scale of the mean.
 
     Example:
         >>> import torch

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import Node
 
-from agsurgery.accumulate import Collector, Gathering, collect
+from agsurgery.accumulate import Collector, collect
 from agsurgery.agreement import Council
+from agsurgery.blocks import Blocks
 from agsurgery.checks import check_rows_kept
 from agsurgery.options import Level
 from agsurgery.outbox import Outbox
@@ -117,7 +118,7 @@ class MicroBatches:
         collector, surgery = self._collector, self._surgery
         try:
             with torch.no_grad(), full_precision(step.device):
-                target = Gathering(collector, step)
+                target = _Intake(collector, step)
                 if collected:
                     parameters = step.parameters or ()
                     collector.receive(collect(step, parameters, surgery.options.resharding))
@@ -182,3 +183,32 @@ class MicroBatches:
             if keep:
                 self._standing.note(parameters)
             return run.report(None if blocks is None else blocks.names)
+
+
+class _Intake:
+    """Takes the rows of one step for a collector."""
+
+    def __init__(self, collector: Collector, step: Step) -> None:
+        self._collector = collector
+        self._step = step
+
+    def lay_out(self, shared: Sequence[Tensor], tasks: int, blocks: Blocks | None) -> None:
+        """Nothing: that is done when all has come."""
+
+    def arriving(
+        self, task: int, leaves: Sequence[Tensor]
+    ) -> AbstractContextManager[Collection[int]]:
+        """Nothing: a row that has something already cannot be written over."""
+        return nullcontext(())
+
+    def write(
+        self,
+        task: int,
+        leaves: Sequence[Tensor],
+        gradients: Sequence[Tensor | None],
+        arrived: Collection[int] = (),
+    ) -> dict[Tensor, Tensor]:
+        """Add to what the task has; nothing is its own yet."""
+        found = {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
+        self._collector.add(self._step.tasks[task], found, self._step.losses[task].detach())
+        return {}

@@ -5,10 +5,14 @@ at the left, which at the right?), and four questions about one digit, on very u
 and the superclasses of CIFAR-100 run where their files are (`--data-root`).
 
 What is equal for all methods: a network of linear layers with one linear head per task; initial weights and batches,
-seed by seed; Adam with a cosine schedule; the scale of the sum; every head gets the gradient of its own loss; the
-number of trials. Six learning rates are tried with two seeds, and the one with the best validation examples wins; the
-weighted sum has three rates for each of two weightings instead. With the chosen trial a method runs on fresh seeds,
-and only then are the test examples looked at. `Mean` has no row: under Adam it is `Sum` with another name.
+seed by seed; the optimizer with a cosine schedule; the scale of the sum; every head gets the gradient of its own loss;
+the number of trials. Six learning rates are tried with two seeds, and the one with the best validation examples wins;
+the weighted sum has three rates for each of two weightings instead. With the chosen trial a method runs on fresh seeds,
+and only then are the test examples looked at. `Mean` has no row: it is `Sum` with another learning rate.
+
+The optimizer is Adam, under which the length of an update hardly matters, or SGD with momentum, under which it does:
+that length is the one difference between AGS and PCGrad. SGD tries twelve rates with four seeds, since the lengths of
+the methods span two decades, and since the best rate lies next to those that diverge.
 
 The metric of a classification is its accuracy, that of a regression the share of variance it explains (R2). Over the
 tasks stands the mean relative change against networks with one task, which are tuned in the same way (Liu et al., 2021;
@@ -24,6 +28,7 @@ The runs of a method go through one batch of networks, as in `pinn`; the tests h
 `GradientSurgery`.
 
     python -m benchmarks.multitask
+    python -m benchmarks.multitask --optimizer sgd
     python -m benchmarks.multitask --problems multimnist --data-root data
     python -m benchmarks.multitask --methods AGS PCGrad CAGrad Sum UW --rates 2e-2 --out same_rate.json
 """
@@ -44,7 +49,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import agsurgery
-from benchmarks._adam import Adam
 from benchmarks._cli import new_parser, parse, result_path
 from benchmarks._intervals import Interval
 from benchmarks._measure import environment, write_json
@@ -57,16 +61,29 @@ from benchmarks._multitask_data import (
     Problem,
     Task,
 )
+from benchmarks._optimizers import SGD, Adam, Optimizer
 from benchmarks._plots import dots, new_figure, save_svg
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib")
 HIDDEN = (64, 32)  # widths of the trunk
 STEPS, SEEDS = 600, 8
 RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
-TUNING_SEEDS = (1000, 1001)
+SGD_RATES = tuple(5e-4 * 2**power for power in range(12))  # to 1
+TUNING_SEEDS = (1000, 1001, 1002, 1003)
 FAILED = -1.0  # R2 is cut off here: a constant has 0
 WATCHED = 20  # every n-th step is looked at for conflicts
 LEVEL = 0.05
+
+
+class Kind(NamedTuple):
+    """An optimizer, the learning rates to try with it, and with how many of the tuning seeds."""
+
+    make: Callable[[Tensor, Tensor], Optimizer]
+    rates: tuple[float, ...]
+    tuning_seeds: int
+
+
+OPTIMIZERS = {"adam": Kind(Adam, RATES, 2), "sgd": Kind(SGD, SGD_RATES, 4)}
 
 
 # -- methods --------------------------------------------------------------------------------------
@@ -259,6 +276,7 @@ def train(
     trials: Sequence[Trial],
     seeds: Sequence[int],
     steps: int,
+    make_optimizer: Callable[[Tensor, Tensor], Optimizer] = Adam,
 ) -> Trained:
     """Some runs at once; seed for seed the same initial weights and batches for every method."""
     begin = time.perf_counter()
@@ -270,7 +288,7 @@ def train(
     batch = min(problem.batch, count)
     order = batches(count, batch, steps, generators).to(device)
     rates = torch.tensor([trial.rate for trial in trials], device=device)
-    adam = Adam(networks.flat, rates)
+    optimizer = make_optimizer(networks.flat, rates)
     methods = instances(entry, trials, seeds)
     gramians_seen = []
     for step in range(steps):
@@ -283,7 +301,7 @@ def train(
             gramians_seen.append(gramians)
         values = torch.stack(losses, 1).detach().double()
         update = torch.cat([combine(methods, rows, values, gramians), own], 1)
-        adam.step(networks.flat, update, 0.5 + 0.5 * math.cos(math.pi * step / steps))
+        optimizer.step(networks.flat, update, 0.5 + 0.5 * math.cos(math.pi * step / steps))
         for method in methods:
             if isinstance(method, agsurgery.DWA) and (step + 1) % (count // batch) == 0:
                 method.end_epoch()
@@ -341,11 +359,11 @@ def delta_m(metrics: Tensor, baseline: Tensor) -> Tensor:
 
 
 class Effort(NamedTuple):
-    """The learning rates that a method may try, and how often it runs then."""
+    """The learning rates that a method may try, and how often it runs then; `kind` has the rates of all methods."""
 
     steps: int
     seeds: int
-    rates: tuple[float, ...]
+    kind: Kind
 
 
 class Tuned(NamedTuple):
@@ -361,21 +379,20 @@ def tune(
     entry: Entry,
     trials: Sequence[Trial],
     cost: Callable[[Tensor], Tensor],
-    steps: int,
+    effort: Effort,
 ) -> Tuned:
     """Try all trials with the tuning seeds; the lowest mean cost of the validation metrics wins."""
-    pairs = list(itertools.product(trials, TUNING_SEEDS))
-    networks = train(problem, entry, [t for t, _ in pairs], [s for _, s in pairs], steps).networks
-    metrics = metrics_of(problem, networks, problem.validation)
+    known = TUNING_SEEDS[: effort.kind.tuning_seeds]
+    chosen, seeds = zip(*itertools.product(trials, known), strict=True)
+    run = train(problem, entry, chosen, seeds, effort.steps, effort.kind.make)
+    metrics = metrics_of(problem, run.networks, problem.validation)
     costs = cost(metrics).view(len(trials), -1).mean(1)
     best = int(costs.argmin())
     tried = [
         {**trial._asdict(), "validation": digits(value)}
         for trial, value in zip(trials, costs.tolist(), strict=True)
     ]
-    return Tuned(
-        tried, trials[best], metrics.view(len(trials), len(TUNING_SEEDS), -1)[best].mean(0)
-    )
+    return Tuned(tried, trials[best], metrics.view(len(trials), len(known), -1)[best].mean(0))
 
 
 def digits(value: float) -> float:
@@ -396,10 +413,11 @@ def single_tasks(problem: Problem, effort: Effort, progress: Callable[[str], Non
     record, validation, test = {}, [], []
     for place, task in enumerate(problem.tasks):
         alone = problem.only(place)
-        trials = trials_of(PLAIN, alone, effort.rates)
-        tuned = tune(alone, METHODS[PLAIN], trials, lambda m: -m[:, 0], effort.steps)
+        trials = trials_of(PLAIN, alone, effort.kind.rates)
+        tuned = tune(alone, METHODS[PLAIN], trials, lambda m: -m[:, 0], effort)
         seeds = range(effort.seeds)
-        run = train(alone, METHODS[PLAIN], [tuned.best] * len(seeds), seeds, effort.steps)
+        trials = [tuned.best] * len(seeds)
+        run = train(alone, METHODS[PLAIN], trials, seeds, effort.steps, effort.kind.make)
         metrics = metrics_of(alone, run.networks, alone.test)[:, 0]
         validation.append(tuned.validation[0])
         test.append(metrics.quantile(0.5))
@@ -416,10 +434,11 @@ def single_tasks(problem: Problem, effort: Effort, progress: Callable[[str], Non
 def judge(problem: Problem, name: str, baseline: Baseline, effort: Effort) -> dict[str, Any]:
     """Tune a method on the validation examples, then run it on fresh seeds and look at the test examples."""
     tasks, entry = problem.tasks, METHODS[name]
-    trials = trials_of(name, problem, effort.rates)
-    tuned = tune(problem, entry, trials, lambda m: delta_m(m, baseline.validation), effort.steps)
+    trials = trials_of(name, problem, effort.kind.rates)
+    tuned = tune(problem, entry, trials, lambda m: delta_m(m, baseline.validation), effort)
     seeds = range(effort.seeds)
-    run = train(problem, entry, [tuned.best] * len(seeds), seeds, effort.steps)
+    trials = [tuned.best] * len(seeds)
+    run = train(problem, entry, trials, seeds, effort.steps, effort.kind.make)
     metrics = metrics_of(problem, run.networks, problem.test)
     change = delta_m(metrics, baseline.test).tolist()
     columns = {task.name: column.tolist() for task, column in zip(tasks, metrics.T, strict=True)}
@@ -455,6 +474,18 @@ def holm(p_values: dict[str, float]) -> dict[str, float]:
         running = max(running, min(1.0, (len(ordered) - place) * p_values[name]))
         adjusted[name] = running
     return adjusted
+
+
+def lengths(methods: dict[str, Any]) -> dict[str, float] | None:
+    """What the norm of the sum changes: delta_m of AGS minus that of PCGrad, seed by seed, with its p-value.
+
+    The one comparison that was planned, so that there is nothing to correct it for.
+    """
+    if not {"AGS", "PCGrad"} <= set(methods):
+        return None
+    pairs = zip(*(methods[name]["delta_m_by_seed"] for name in ("AGS", "PCGrad")), strict=True)
+    differences = [a - b for a, b in pairs]
+    return {**Interval.of(differences).to_dict(), "p": digits(p_value(differences))}
 
 
 def compare(methods: dict[str, Any]) -> None:
@@ -540,6 +571,8 @@ def answer(problems: dict[str, Any]) -> str:
         first = [n for n in ("AGS", "PCGrad", "CAGrad", PLAIN, WEIGHTED) if n in methods]
         told = ", ".join(f"{name} {methods[name]['delta_m']['mean']:+.1f} %" for name in first)
         sentence = f"{found['title']}: delta_m (lower is better) {told}"
+        if found["ags_minus_pcgrad"] is not None:
+            sentence += "; AGS minus PCGrad " + cell(found["ags_minus_pcgrad"])
         for key, rival in (("over_sum", "plain"), ("over_weighted_sum", "weighted")):
             if any(key in method for method in methods.values()):
                 sentence += (
@@ -592,21 +625,24 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser = new_parser(__doc__.splitlines()[0])
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(BUNDLED))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
     parser.add_argument("--data-root", type=Path, help="folder of torchvision's data sets")
     parser.add_argument(
         "--rates",
         nargs="+",
         type=float,
-        default=list(RATES),
-        help="learning rates to try; with a single one, all methods run with that",
+        help="learning rates to try (default: those of the optimizer); with a single one, all methods run with that",
     )
     parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS})")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"(default: {SEEDS})")
     options = parse(parser, arguments, steps=1, seeds=2)
     device, threads = torch.device(options.device), torch.get_num_threads()
-    effort = Effort(options.steps, options.seeds, tuple(options.rates))
+    kind = OPTIMIZERS[options.optimizer]
+    if options.rates:
+        kind = kind._replace(rates=tuple(options.rates))
+    effort = Effort(options.steps, options.seeds, kind)
     if options.quick:
-        effort = Effort(3, 2, RATES[:2])
+        effort = Effort(3, 2, kind._replace(rates=kind.rates[:2]))
     try:
         loaded = {key: PROBLEMS[key](options.data_root).to(device) for key in options.problems}
     except MissingDataError as error:
@@ -625,7 +661,12 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 methods[name] = judge(problem, name, baseline, effort)
                 progress(f"{problem.title}: {name}")
             compare(methods)
-            problems[key] = {"title": problem.title, "single": baseline.record, "methods": methods}
+            problems[key] = {
+                "title": problem.title,
+                "ags_minus_pcgrad": lengths(methods),
+                "single": baseline.record,
+                "methods": methods,
+            }
             lines = [row(name, found, problem.tasks) for name, found in methods.items()]
             print("\n".join([problem.title, header(problem.tasks), *lines]), flush=True)
     finally:
@@ -635,14 +676,15 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "question": __doc__.splitlines()[0],
         "answer": summary,
         "device": options.device,
+        "optimizer": options.optimizer,
         "steps": effort.steps,
         "seeds": effort.seeds,
-        "trials": len(effort.rates),
-        "tuning_seeds": len(TUNING_SEEDS),
+        "trials": len(effort.kind.rates),
+        "tuning_seeds": effort.kind.tuning_seeds,
         **record,
         "problems": problems,
     }
-    out = result_path(options, "multitask")
+    out = result_path(options, "multitask" if options.optimizer == "adam" else "multitask_sgd")
     if out is not None:
         write_json(out, result)
         draw(problems, out.with_suffix(".svg"))

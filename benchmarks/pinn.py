@@ -37,10 +37,10 @@ from torch import Tensor
 
 import agsurgery
 from agsurgery import ConflictMonitor, SurgeryReport
-from benchmarks._adam import Adam
 from benchmarks._cli import new_parser, parse, result_path
 from benchmarks._intervals import Interval
 from benchmarks._measure import environment, write_json
+from benchmarks._optimizers import Adam
 from benchmarks._plots import dots, new_figure, save_svg
 
 PACKAGES = ("torch", "numpy", "scipy", "matplotlib")

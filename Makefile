@@ -55,7 +55,7 @@ test-slow: $(VENV)/.dev
 ## test-all: all tests
 test-all: test test-slow
 
-## test-min: the quick tests on the oldest versions that are supported: `make PYTHON=python3.10 test-min`
+## test-min: the quick tests on the oldest versions that are supported; with the oldest Python: `make PYTHON=python3.11 test-min`
 test-min: $(OLD)/.test
 	$(OLD)/bin/python -m pytest -m "not slow"
 

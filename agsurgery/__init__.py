@@ -45,6 +45,7 @@ from agsurgery.methods import (
 from agsurgery.monitor import ConflictMonitor
 from agsurgery.optimizer import GradientSurgery, unwrap
 from agsurgery.report import SurgeryReport
+from agsurgery.verdict import MonitorSummary
 
 __version__ = "0.1.0"
 
@@ -69,6 +70,7 @@ __all__ = [
     "GradVac",
     "GradientSurgery",
     "Mean",
+    "MonitorSummary",
     "NashMTL",
     "NormRestored",
     "PCGrad",

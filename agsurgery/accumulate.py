@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -118,35 +118,6 @@ class Collector:
         """Forget everything."""
         self.tasks, self.losses, self._waiting, self._stored = [], [], [], set()
         self.pending = self.by_hand = False
-
-
-class Gathering:
-    """Takes the rows of one step for a collector."""
-
-    def __init__(self, collector: Collector, step: Step) -> None:
-        self._collector = collector
-        self._step = step
-
-    def lay_out(self, shared: Sequence[Tensor], tasks: int, blocks: Blocks | None) -> None:
-        """Nothing: that is done when all has come."""
-
-    def arriving(
-        self, task: int, leaves: Sequence[Tensor]
-    ) -> AbstractContextManager[Collection[int]]:
-        """Nothing: a row that has something already cannot be written over."""
-        return nullcontext(())
-
-    def write(
-        self,
-        task: int,
-        leaves: Sequence[Tensor],
-        gradients: Sequence[Tensor | None],
-        arrived: Collection[int] = (),
-    ) -> dict[Tensor, Tensor]:
-        """Add to what the task has; nothing is its own yet."""
-        found = {p: g for p, g in zip(leaves, gradients, strict=True) if g is not None}
-        self._collector.add(self._step.tasks[task], found, self._step.losses[task].detach())
-        return {}
 
 
 def collect(

@@ -31,6 +31,7 @@ def backward(
     process_group: ProcessGroup | None = None,
     features: Features | None = None,
     level: Level = "parameters",
+    scaler: torch.amp.GradScaler | None = None,
     retain_graph: bool = False,
 ) -> SurgeryReport:
     r"""Add the combined gradient of several losses to `.grad`, in place of `sum(losses).backward()`.
@@ -72,6 +73,8 @@ def backward(
         level: `"features"`: surgery on the gradients with respect to `features`, flattened, instead of those of the
             parameters, then one pass through the trunk for any K (MGDA-UB: Sener and Koltun 2018, section 3.3). A
             surrogate: what does not conflict at the features may conflict in the parameters, and the other way round.
+        scaler: scale the gradients with this `GradScaler`, in place of `scaler.scale(loss).backward()`; the losses are
+            given unscaled, and the report has the scale divided out.
         retain_graph: keep the graphs for another backward pass.
 
     Returns:
@@ -106,6 +109,8 @@ def backward(
     if params is not None:
         tensors = as_tensors(params, "params")
         unique = list({id(p): p for p in tensors if p.requires_grad}.values())
-    report = surgery(losses, unique, features=features, level=level, retain_graph=retain_graph)
+    report = surgery(
+        losses, unique, features=features, level=level, retain_graph=retain_graph, scaler=scaler
+    )
     assert report is not None  # it is for `combine=False` only
     return report

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 import torch
 from torch import Tensor
@@ -154,6 +154,33 @@ def check_rows_kept(options: Options, kind: str, method: object, asked: str) -> 
         raise RuntimeError(
             f'{asked} holds the gradients of each task, so `engine` must be "grad" or "accumulate" and '
             f'`every` 1. Got engine="{options.engine}", every={options.every}.'
+        )
+
+
+def check_collected(
+    parameters: Sequence[Tensor] | None, border: Collection[Node] | None, options: Options
+) -> None:
+    """Refuse what `.backward()` calls cannot do.
+
+    Args:
+        parameters: those that may get a gradient; None if they were not given.
+        border: nodes of the features; None without.
+        options: the choices.
+
+    Raises:
+        ValueError: the parameters are not given, or parts of the graph are to be differentiated.
+    """
+    if parameters is None:
+        raise ValueError(
+            "The parameters must be given where the graph does not show them (a reentrant checkpoint, or "
+            '`engine="accumulate"`). Pass `params`, or call '
+            "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
+        )
+    if options.engine == "lean" or border is not None:
+        raise ValueError(
+            '`engine="lean"` and `features=` differentiate parts of the graph, which a reentrant checkpoint, '
+            'sharded parameters and `engine="accumulate"` do not allow. Leave them out, or call '
+            "`torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`."
         )
 
 

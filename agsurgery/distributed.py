@@ -54,7 +54,7 @@ class Replicas:
         Replicas(group=None, exchange='auto', agree='once')
     """
 
-    group: Any = None
+    group: dist.ProcessGroup | None = None
     exchange: Exchange = "auto"
     agree: Agree = "always"
 
@@ -81,7 +81,7 @@ class Replicas:
         return Replicas, (None, self.exchange, self.agree)
 
 
-def as_replicas(process_group: Any) -> Replicas | None:
+def as_replicas(process_group: ProcessGroup | None) -> Replicas | None:
     """What the user passed as `process_group`: None, True, a process group or `Replicas`.
 
     Raises:

@@ -21,12 +21,13 @@ ALIGN = 16
 BLOCK_CHUNK = 1024
 """The same where every block of parameters has its own weights; each is padded to a multiple of it."""
 
-_SLAB = 1 << 21  # entries worked on at a time where each pass makes copies of them
+SLAB = 1 << 21
+"""Entries of gradients worked on at a time, where copies of them are made or they are formed to be dropped at once."""
 
 
 def slab_length(tasks: int) -> int:
     """Columns worked on at a time: a multiple of `CHUNK`."""
-    return max(1, _SLAB // (tasks * CHUNK)) * CHUNK
+    return max(1, SLAB // (tasks * CHUNK)) * CHUNK
 
 
 def padded_length(columns: int) -> int:

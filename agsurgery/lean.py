@@ -22,10 +22,7 @@ from torch.autograd.graph import GradientEdge, Node
 
 from agsurgery.graph import children, descendants, gradients, leaf_of
 from agsurgery.jacobian import on_gradient
-from agsurgery.kernels import gramian, solver_dtype
-
-_SLAB = 1 << 21
-"""Entries of gradients formed at a time."""
+from agsurgery.kernels import SLAB, gramian, solver_dtype
 
 Sink = Callable[[Tensor], None]
 """Takes a `(K, ...)` batch of cotangents or gradients."""
@@ -271,7 +268,7 @@ def _pairs(factor: Tensor, cotangent: Tensor, bias: bool) -> Tensor:
 def _slabs(factor: Tensor, cotangent: Tensor, bias: bool) -> Tensor:
     """The same from the gradients themselves, for a few outputs at a time."""
     tasks, _, outputs = cotangent.shape
-    width = max(1, _SLAB // (tasks * factor.shape[1]))
+    width = max(1, SLAB // (tasks * factor.shape[1]))
     total = gramian(cotangent.sum(1)) if bias else None
     for start in range(0, outputs, width):
         part = cotangent.narrow(2, start, min(width, outputs - start))

@@ -1,10 +1,11 @@
-"""The forms in which losses may come."""
+"""The forms in which losses may come, and the factor that a `GradScaler` gives them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from agsurgery.graph import Root, gradient_root, stacked_roots
@@ -52,3 +53,11 @@ def read_losses(losses: Losses) -> tuple[list[str], list[Tensor], list[Root | No
             raise TypeError(f"`{label}` must be real floating point. Got {value.dtype}.")
     values = [value if value.dim() == 0 else value.reshape(()) for value in values]
     return names, values, [gradient_root(value) for value in values]
+
+
+def loss_scale(scaler: torch.amp.GradScaler | None, device: torch.device) -> Tensor | None:
+    """The factor of a `GradScaler`, 0-d on `device`; None without one, or if it is disabled."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), device=device))
+    return scale

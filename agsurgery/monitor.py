@@ -231,7 +231,8 @@ def statistics(report: SurgeryReport) -> tuple[Tensor, Tensor, Tensor]:
     single = report.blocks is None
     gramian = report.gramian if single else report.gramian.sum(0)
     gramian = gramian + 0 * gramian.sum()  # all NaN, if one entry is not finite
-    norms, _, matrix = cosines(gramian)
+    split = cosines(gramian)
+    norms, matrix = split.norms, split.matrix
     logs = norms.log()  # minus infinity for an absent task
     absent = (norms > 0).logical_not()
 

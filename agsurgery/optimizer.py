@@ -138,8 +138,8 @@ class GradientSurgery(Optimizer):
             replicas=as_replicas(process_group),
             resharding=None if fsdp_model is None else Resharding(fsdp_model),
         )
-        self.engine = Engine(AGS() if method is None else method, options)
-        self.engine.expect(self._parameters(), self.param_groups)
+        self._engine = Engine(AGS() if method is None else method, options)
+        self._engine.expect(self._parameters(), self.param_groups)
         self._make_hook_tables()
         self._synchronise_state()
 
@@ -193,7 +193,7 @@ class GradientSurgery(Optimizer):
             losses: K scalar losses: list, tuple, dict from task name to loss, or a 1-D tensor; unscaled.
             features: see `agsurgery.backward`.
             level: see `agsurgery.backward`.
-            scaler: scale the gradients with this `GradScaler`, in place of `scaler.scale(loss).backward()`.
+            scaler: see `agsurgery.backward`.
             retain_graph: keep the graphs for another backward pass.
             combine: False for all micro-batches of a step but the last: the gradients of each task are held, `.grad`
                 stays as it is, and the next call adds its own to them before it combines. The result is that of the
@@ -217,15 +217,14 @@ class GradientSurgery(Optimizer):
             tensor([ 2.7000, -0.9000])
         """
         self._synchronise_state()
-        parameters = self._parameters()
-        report = self.engine(
+        report = self._engine(
             losses,
-            parameters,
+            self._parameters(),
             groups=self.param_groups,
             features=features,
             level=level,
             retain_graph=retain_graph,
-            loss_scale=_loss_scale(scaler, parameters),
+            scaler=scaler,
             combine=combine,
         )
         self._synchronise_state()
@@ -257,8 +256,7 @@ class GradientSurgery(Optimizer):
             >>> w.grad
             tensor([ 2.7000, -0.9000])
         """
-        self.engine.check_tasks()
-        with self.engine.collector.taking(str(name), self._parameters()):
+        with self._engine.taking(str(name), self._parameters()):
             yield
 
     def combine(self, *, scaler: torch.amp.GradScaler | None = None) -> SurgeryReport:
@@ -274,21 +272,19 @@ class GradientSurgery(Optimizer):
             RuntimeError: nothing has come, from `task` or `backward(losses, combine=False)`.
         """
         self._synchronise_state()
-        parameters = self._parameters()
-        scale = _loss_scale(scaler, parameters)
-        report = self.engine.combine(parameters, self.param_groups, scale)
+        report = self._engine.combine(self._parameters(), self.param_groups, scaler)
         self._synchronise_state()
         return report
 
     @property
     def report(self) -> SurgeryReport | None:
         """The report of the last `backward`; None before the first."""
-        return self.engine.report
+        return self._engine.report
 
     @property
     def method(self) -> Weighting:
         """The method that combines the task gradients."""
-        return self.engine.method
+        return self._engine.method
 
     def _parameters(self) -> list[Tensor]:
         unique = {id(p): p for group in self.param_groups for p in group["params"]}
@@ -300,7 +296,7 @@ class GradientSurgery(Optimizer):
         Loading a checkpoint, through the wrapper or behind its back through the base, replaces the group and
         what is in it; an entry that is not the one put here last is therefore newer than the method's.
         """
-        engine, group = self.engine, self.param_groups[0]
+        engine, group = self._engine, self.param_groups[0]
         stored = {key: value for key, value in group.items() if key.startswith(_STATE_PREFIX)}
         if any(engine.published.get(key) is not value for key, value in stored.items()):
             engine.load_state({k.removeprefix(_STATE_PREFIX): v for k, v in stored.items()})
@@ -355,9 +351,9 @@ class GradientSurgery(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """One step of the base optimizer, with the step hooks registered here around it."""
         # As torch does it: hooks see the positional arguments with the optimizer in front.
-        if self.engine.collector.pending:
+        if self._engine.pending:
             raise RuntimeError(
-                f"The gradients of the tasks {self.engine.collector.tasks} wait to be combined. Call `combine()` "
+                f"The gradients of the tasks {self._engine.pending} wait to be combined. Call `combine()` "
                 "before `step()`, or `zero_grad()` to drop them."
             )
         args: tuple[Any, ...] = (self,) if closure is None else (self, closure)
@@ -372,7 +368,7 @@ class GradientSurgery(Optimizer):
                 )
             args, kwargs = result
         loss: float | None = self.base_optimizer.step(*args[1:], **kwargs)  # runs the global hooks
-        self.engine.drop()
+        self._engine.drop()
         for hook in list(self._optimizer_step_post_hooks.values()):
             hook(self, args, kwargs)
         return loss
@@ -382,7 +378,7 @@ class GradientSurgery(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, also those of tasks not yet combined; see `torch.optim.Optimizer.zero_grad`."""
-        self.engine.drop()
+        self._engine.drop()
         self.base_optimizer.zero_grad(set_to_none=set_to_none)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -413,7 +409,7 @@ class GradientSurgery(Optimizer):
 
     def __getstate__(self) -> dict[str, Any]:
         # As in torch, hooks are left out; so is a `step` that a scheduler put on this very instance.
-        return {"base_optimizer": self.base_optimizer, "engine": self.engine}
+        return {"base_optimizer": self.base_optimizer, "_engine": self._engine}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__dict__.update(state)
@@ -421,14 +417,7 @@ class GradientSurgery(Optimizer):
             self._make_hook_tables()
 
     def __repr__(self) -> str:
-        return f"GradientSurgery({self.engine.method!r}, {self.base_optimizer!r})"
-
-
-def _loss_scale(scaler: torch.amp.GradScaler | None, parameters: list[Tensor]) -> Tensor | None:
-    if scaler is None or not scaler.is_enabled() or not parameters:
-        return None
-    scale: Tensor = scaler.scale(torch.ones((), device=parameters[0].device))
-    return scale
+        return f"GradientSurgery({self._engine.method!r}, {self.base_optimizer!r})"
 
 
 _INSIDE = ("base_optimizer", "_base_optimizer", "_optimizer", "optimizer")

@@ -76,10 +76,13 @@ SETTINGS: dict[str, Setting] = {
     },
     **{f"{arm}, share by progress": Setting(arm, PROGRESS) for arm in ("sum", "ags", "priority")},
     **{f"{arm}, no limit": Setting(arm, FREE) for arm in ("sum", "ags", "priority")},
-    # a fixed weight of the similarity loss instead of a limit, 0.05 where both are divided by one temperature
+    # a fixed weight of the similarity loss, relative to a contrastive loss of temperature 0.2, instead of a limit
     **{
-        f"{arm}, similarity weighted 0.05": Setting(arm, FREE | {"similarity_temperature": 4.0})
-        for arm in ("sum", "ags")
+        f"{arm}, similarity weighted {weight:g}": Setting(
+            arm, FREE | {"similarity_temperature": 0.2 / weight}
+        )
+        for arm in ("sum", "ags", "priority", "cagrad")
+        for weight in (0.02, 0.05, 0.1)
     },
     # other methods
     **{

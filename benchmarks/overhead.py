@@ -25,6 +25,7 @@ import agsurgery.engine
 import agsurgery.jacobian
 import agsurgery.optimizer
 import agsurgery.passes
+import agsurgery.surgery
 from benchmarks._arms import ARMS, FLOOR, OURS
 from benchmarks._cases import CASES
 from benchmarks._cli import finish, new_parser, parse, provenance, threads
@@ -42,9 +43,9 @@ PARTS: dict[str, tuple[Any, str]] = {
     "backward passes": (agsurgery.passes, "gradients"),
     "rows written": (agsurgery.jacobian.Rows, "write"),
     "Gramian": (agsurgery.jacobian.Rows, "gramian"),
-    "weights": (agsurgery.engine, "solve"),
+    "weights": (agsurgery.surgery, "solve"),
     "update delivered": (agsurgery.jacobian.Rows, "deliver"),
-    "heads delivered": (agsurgery.engine, "deliver_own"),
+    "heads delivered": (agsurgery.surgery, "deliver_own"),
     "losses read": (agsurgery.engine, "read_losses"),
     "losses for the report": (agsurgery.engine, "detached_losses"),
     "state kept in the optimizer": (agsurgery.optimizer.GradientSurgery, "_synchronise_state"),

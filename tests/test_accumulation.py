@@ -443,7 +443,7 @@ def test_held_gradients_lie_in_one_storage_for_all_micro_batches():
     model, optimizer, *_ = pair(AGS, "combine")
     for rows in PARTS[:2]:
         optimizer.backward(part(model, 0, rows), combine=False)
-        held = optimizer.engine.collector._waiting
+        held = optimizer._engine._micro_batches._collector._waiting
         places = {h[model.trunk.weight].untyped_storage().data_ptr() for h in held}
         assert len(places) == 1
 

@@ -168,8 +168,8 @@ def check_fsdp_frees_the_parameters_after_the_last_pass_and_after_an_error(rank,
     )
     optimizer.backward({**losses_of(net(own(rank)(0))), "d": torch.zeros(())})
     assert told == [False, False, True, True]
-    assert copy.deepcopy(optimizer.engine.options).resharding is None
-    assert pickle.loads(pickle.dumps(optimizer.engine.options)).resharding is None
+    assert copy.deepcopy(optimizer._engine.options).resharding is None
+    assert pickle.loads(pickle.dumps(optimizer._engine.options)).resharding is None
     told.clear()
     stranger = nn.Parameter(torch.ones((), dtype=torch.float64))
     with pytest.raises(ValueError, match="left no gradient"):

@@ -132,7 +132,8 @@ def test_oldest_versions_are_those_that_the_package_asks_for():
     text = (ROOT / "constraints-min.txt").read_text(encoding="utf-8")
     held = dict(re.findall(r"^([\w-]+)==([\d.]+)$", text, flags=re.M))
     assert len(lists) == 3
-    assert {name for name, _ in asked} == set(held)
+    beside = {"pyparsing"}  # of matplotlib's time: a newer one makes the oldest matplotlib warn
+    assert {name for name, _ in asked} == set(held) - beside
     wrong = [name for name, version in asked if not f"{held[name]}.".startswith(f"{version}.")]
     assert wrong == []
 

@@ -171,9 +171,9 @@ def test_aligned_gradients_are_orthogonal_and_equally_long(tasks, ratio, scale):
     rows = imbalanced(tasks, ratio)
     gramian = rows @ rows.T
     # Column i of B: what the weights gain from one more unit of preference for task i.
-    ones, base = torch.ones(tasks, dtype=torch.float64), AlignedMTL(scale)(gramian)
+    ones, base = torch.ones(tasks, dtype=torch.float64), AlignedMTL(scale=scale)(gramian)
     columns = [
-        AlignedMTL(scale, preference=(ones + torch.eye(tasks)[i]).tolist())(gramian) - base
+        AlignedMTL(scale=scale, preference=(ones + torch.eye(tasks)[i]).tolist())(gramian) - base
         for i in range(tasks)
     ]
     aligned = torch.stack(columns) @ rows
@@ -194,7 +194,7 @@ def test_aligned_agrees_with_torchjd_on_balanced_gradients(mode):
     for seed in range(5):
         rows = random(5, seed=seed)
         peer = torchjd.aggregation.AlignedMTLWeighting(scale_mode=mode)(rows @ rows.T)
-        torch.testing.assert_close(AlignedMTL(mode, reduction="mean")(rows @ rows.T), peer)
+        torch.testing.assert_close(AlignedMTL(scale=mode, reduction="mean")(rows @ rows.T), peer)
 
 
 def test_aligned_opposes_the_shorter_of_two_gradients_exactly_as_its_docstring_says():
@@ -224,7 +224,7 @@ def test_jacobi_decomposes_like_lapack_and_keeps_the_digits_of_small_columns(siz
         torch.testing.assert_close(values, svd(graded)[1])
 
 
-@pytest.mark.parametrize("method", [AlignedMTL(), AlignedMTL("median"), ConFIG(), IMTLG()])
+@pytest.mark.parametrize("method", [AlignedMTL(), AlignedMTL(scale="median"), ConFIG(), IMTLG()])
 @pytest.mark.parametrize(
     "sampler", ["random", "imbalanced 1e3", "duplicated", "zero row", "low rank"]
 )
@@ -245,7 +245,7 @@ def test_an_accelerator_gets_the_same_update(monkeypatch, method, sampler, tasks
         (lambda: FairGrad(math.inf), "positive and finite"),
         (lambda: NashMTL(length="unit"), "Got 'unit'"),
         (lambda: ConFIG(length="median"), "Got 'median'"),
-        (lambda: AlignedMTL("mean"), "Got 'mean'"),
+        (lambda: AlignedMTL(scale="mean"), "Got 'mean'"),
     ],
 )
 def test_wrong_settings_are_refused(call, message):

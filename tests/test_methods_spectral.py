@@ -17,8 +17,8 @@ from tests.samplers import SAMPLERS, imbalanced, low_rank, opposite, pair, rando
 
 METHODS = {
     "aligned": AlignedMTL,
-    "aligned median": lambda: AlignedMTL("median"),
-    "aligned rmse": lambda: AlignedMTL("rmse"),
+    "aligned median": lambda: AlignedMTL(scale="median"),
+    "aligned rmse": lambda: AlignedMTL(scale="rmse"),
     "config": ConFIG,
     "config geometric": lambda: ConFIG(length="geometric"),
     "imtlg": IMTLG,
@@ -191,10 +191,10 @@ def test_imtlg_does_nothing_where_no_weights_have_a_sum():
 @pytest.mark.parametrize("rows", [low_rank(5), low_rank(6, 3), SAMPLERS["duplicated"](4)])
 def test_aligned_gradients_of_dependent_ones_are_a_projection(scale, rows):
     tasks, ones = len(rows), torch.ones(len(rows), dtype=torch.float64)
-    matrix, base = gramian(rows), AlignedMTL(scale)(gramian(rows))
+    matrix, base = gramian(rows), AlignedMTL(scale=scale)(gramian(rows))
     balance = torch.stack(
         [
-            AlignedMTL(scale, preference=(ones + torch.eye(tasks)[i]).tolist())(matrix) - base
+            AlignedMTL(scale=scale, preference=(ones + torch.eye(tasks)[i]).tolist())(matrix) - base
             for i in range(tasks)
         ]
     )
@@ -210,7 +210,7 @@ def test_length_of_the_aligned_update_is_that_of_the_preference(scale):
     rows = imbalanced(4, 100.0)
     values = torch.linalg.svdvals(rows).square()
     sigma = {"min": values[-1], "median": values[2], "rmse": values.mean()}[scale]
-    weights = AlignedMTL(scale, preference=[1.0, 2.0, 2.0, 4.0])(gramian(rows))
+    weights = AlignedMTL(scale=scale, preference=[1.0, 2.0, 2.0, 4.0])(gramian(rows))
     torch.testing.assert_close((weights @ rows).norm(), 5 * sigma.sqrt())
 
 

@@ -106,9 +106,23 @@ def test_repr_names_the_method_and_the_base():
 # -- the other methods of an optimizer -------------------------------------------------------------
 
 
+def _adagrad_takes_an_added_group() -> bool:
+    first, second = nn.Parameter(torch.ones(1)), nn.Parameter(torch.ones(1))
+    bare = torch.optim.Adagrad([first])
+    bare.add_param_group({"params": [second]})
+    second.grad = torch.ones(1)
+    try:
+        bare.step()
+    except KeyError:
+        return False
+    return True
+
+
 @every_base
 def test_an_added_group_reaches_the_base_and_takes_part_in_the_surgery(base):
     model = FourTasks()
+    if base == "adagrad" and not _adagrad_takes_an_added_group():
+        pytest.skip("in this version of torch Adagrad itself fails at a group that was added")
     optimizer = GradientSurgery(BASES[base](model.heads.parameters()), "ags")
     optimizer.add_param_group({"params": list(model.trunk.parameters()), "lr": 0.125})
     assert optimizer.base_optimizer.param_groups[1]["lr"] == 0.125

@@ -126,7 +126,7 @@ def test_an_infinity_leaves_what_the_method_remembers_as_it_was(poison, name):
     model, optimizer = make("sgd", method(), **options)
     scaler = _scaler()
     train(model, optimizer, range(3))  # with `every=3`, the next step computes weights anew
-    remembered = copy.deepcopy(optimizer.engine.state())
+    remembered = copy.deepcopy(optimizer._engine.state())
     before = values(model)
     terms = losses(model, 3)
     terms[1] = terms[1] * poison
@@ -136,7 +136,7 @@ def test_an_infinity_leaves_what_the_method_remembers_as_it_was(poison, name):
     scaler.update()
     assert same(before, model.parameters())
     assert scaler.get_scale() == 2.0**11
-    after = optimizer.engine.state()
+    after = optimizer._engine.state()
     assert after.keys() == remembered.keys()
     assert len(after) > 1
     for entry, value in remembered.items():
@@ -216,7 +216,7 @@ def test_training_in_float16_autocast_finds_a_scale_and_follows_full_precision()
     model, optimizer, scaler, skipped = _train_under_autocast(torch.float16, 2.0**40, steps=80)
     assert skipped > 10
     assert scaler.get_scale() == 2.0 ** (40 - skipped)
-    assert all(value.isfinite().all() for value in optimizer.engine.state().values())
+    assert all(value.isfinite().all() for value in optimizer._engine.state().values())
     _, reference, *_ = _train_under_autocast(torch.float32, 1.0, steps=80 - skipped)
     twin = FourTasks().float()
     # The batches of the skipped steps were lost, so compare one more gradient at the same place.
@@ -281,6 +281,26 @@ def _bfloat16_losses(model: FourTasks, batch: int) -> list[Tensor]:
         (output.float() - target).square().mean()
         for output, target in zip(model(x), targets, strict=True)
     ]
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_the_function_takes_a_scaler_as_the_wrapper_does(given):
+    scaler = _scaler()
+    model, optimizer = make("sgd", "pcgrad")
+    wrapped = optimizer.backward(losses(model), scaler=scaler)
+    expected = [p.grad.clone() for p in model.parameters()]
+    optimizer.zero_grad()
+    params = list(model.parameters()) if given else None
+    report = agsurgery.backward(losses(model), params, "pcgrad", scaler=scaler)
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), expected, strict=True))
+    torch.testing.assert_close(report.gramian, wrapped.gramian)
+    # Not so without it: the scale is in the gradients, and not in the report.
+    optimizer.zero_grad()
+    plain = agsurgery.backward(losses(model), params, "pcgrad")
+    torch.testing.assert_close(report.gramian, plain.gramian)
+    scale = scaler.get_scale()
+    for p, g in zip(model.parameters(), expected, strict=True):
+        torch.testing.assert_close(scale * p.grad, g)
 
 
 def test_a_disabled_scaler_changes_nothing():

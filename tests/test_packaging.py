@@ -52,7 +52,7 @@ def test_wheel_holds_the_package_and_nothing_else(built):
     expected = {str(p.relative_to(ROOT)) for p in sources if p.suffix in {".py", ".typed"}}
     assert package == expected
     needed = [line for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
-    assert [line for line in needed if "extra ==" not in line] == ["Requires-Dist: torch>=2.6"]
+    assert [line for line in needed if "extra ==" not in line] == ["Requires-Dist: torch>=2.10"]
     assert any(name.endswith("/licenses/LICENSE") for name in names)
 
 

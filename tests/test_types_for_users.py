@@ -10,15 +10,18 @@ ROOT = Path(__file__).parent.parent
 USER = """
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import assert_type
+
 import torch
 from torch import Tensor
-from typing_extensions import assert_type
 
 from agsurgery import (
     AGS,
     CAGrad,
     ConflictMonitor,
     GradientSurgery,
+    MonitorSummary,
     Replicas,
     SurgeryReport,
     UPGrad,
@@ -31,11 +34,24 @@ def inverse_norm(gramian: Tensor) -> Tensor:
     return gramian.diagonal().rsqrt()
 
 
+class Remembering:
+    def __init__(self) -> None:
+        self.calls = 0
+
+    def __call__(self, gramian: Tensor) -> Tensor:
+        self.calls += 1
+        return torch.ones_like(gramian.diagonal())
+
+
+# What `method=` takes needs no name of ours.
+methods: list[str | Callable[[Tensor], Tensor]] = [inverse_norm, Remembering(), AGS(), "upgrad"]
+
 model = torch.nn.Linear(2, 2)
 base = torch.optim.AdamW(model.parameters())
 optimizer = GradientSurgery(base, AGS())
 GradientSurgery(base)
 GradientSurgery(base, "pcgrad", every=5, granularity="group", heads="own", tasks=["a", "b"])
+GradientSurgery(base, methods[0])
 GradientSurgery(base, inverse_norm, process_group=Replicas(agree="once"))
 GradientSurgery(base, UPGrad(preference={"a": 1.0, "b": 2.0}), granularity={"all": [model.weight]})
 
@@ -73,7 +89,11 @@ assert_type(AGS()(torch.eye(2)), Tensor)
 monitor = ConflictMonitor()
 monitor.update(report)
 assert_type(monitor.to_dict(), dict[str, float])
+assert_type(monitor.summary(), MonitorSummary)
 assert_type(monitor.summary().answer, str)
+Replicas(group=torch.distributed.group.WORLD)
+scaler = torch.amp.GradScaler("cpu")
+assert_type(backward(losses, scaler=scaler), SurgeryReport)
 
 # Mistakes: `--strict` complains of an ignore that nothing needs.
 GradientSurgery(model)  # type: ignore[arg-type]
@@ -81,6 +101,7 @@ GradientSurgery(base, heads="shared")  # type: ignore[arg-type]
 GradientSurgery(base, engine="vmap")  # type: ignore[arg-type]
 optimizer.backward(3.0)  # type: ignore[call-overload]
 optimizer.backward(losses, combine="no")  # type: ignore[call-overload]
+Replicas(group=3)  # type: ignore[arg-type]
 AGS(2.0)  # type: ignore[call-arg]
 CAGrad(rescale="cubic")  # type: ignore[arg-type]
 """

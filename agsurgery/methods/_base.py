@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import ClassVar, Literal, NamedTuple, TypeAlias
@@ -46,6 +47,23 @@ class Problem:
         return self._split
 
 
+def check_square(gramian: Tensor) -> None:
+    """Refuse what is no Gramian.
+
+    Raises:
+        TypeError: no tensor.
+        ValueError: another shape than `(..., K, K)`, K >= 1.
+    """
+    if not isinstance(gramian, Tensor):
+        raise TypeError(f"`gramian` must be a tensor. Got {type(gramian).__name__}.")
+    shape = gramian.shape
+    if len(shape) < 2 or shape[-1] != shape[-2] or shape[-1] == 0:
+        raise ValueError(
+            "`gramian` must be square: the inner products of K >= 1 task gradients, of shape (K, K), or (..., K, K) "
+            f"for blocks of parameters. Got shape {tuple(shape)}. From gradients as rows it is `rows @ rows.T`."
+        )
+
+
 class Solution(NamedTuple):
     """What a method answers: `weights` `(..., K)`, and the `scale` `(...)` by which it stretched the update."""
 
@@ -69,7 +87,11 @@ class Method(ABC):
         self.reduction: Reduction = reduction
 
     def __call__(self, gramian: Tensor) -> Tensor:
-        """Return the `(..., K)` weights for a `(..., K, K)` Gramian of task gradients; NaN if that is not finite."""
+        """Return the `(..., K)` weights for a `(..., K, K)` Gramian of task gradients; NaN if that is not finite.
+
+        Raises:
+            TypeError, ValueError: `gramian` is no square matrix, nor several of them.
+        """
         return solve(self, gramian).weights
 
     def solve(
@@ -86,8 +108,10 @@ class Method(ABC):
             tasks: K names, by which preferences and state are kept; None: `"0"`, `"1"`, ...
 
         Raises:
+            TypeError, ValueError: `gramian` is no square matrix, nor several of them.
             ValueError: the method needs losses and got none, or has no preference for one of the tasks.
         """
+        check_square(gramian)
         names = map(str, range(gramian.shape[-1])) if tasks is None else tasks
         return self.answer(Problem(gramian, losses, tuple(names)))
 
@@ -137,8 +161,10 @@ class Method(ABC):
             value.copy_(torch.as_tensor(state_dict[name]))
 
     def __repr__(self) -> str:
-        public = {name: value for name, value in vars(self).items() if not name.startswith("_")}
-        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in public.items())})"
+        # As it would be written: what `__init__` takes, under which name each method keeps it.
+        names = inspect.signature(type(self)).parameters
+        shown = ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
+        return f"{type(self).__name__}({shown})"
 
 
 class LossMethod(Method):
@@ -147,7 +173,16 @@ class LossMethod(Method):
     uses: ClassVar[Uses] = "losses"
 
     def __call__(self, losses: Tensor) -> Tensor:
-        """Return the `(K,)` weights for `(K,)` values of the losses."""
+        """Return the `(K,)` weights for `(K,)` values of the losses.
+
+        Raises:
+            ValueError: `losses` has another shape.
+        """
+        if losses.dim() != 1 or losses.shape[0] == 0:
+            raise ValueError(
+                f"{type(self).__name__} weighs losses by their values, which must have shape (K,), K >= 1. Got shape "
+                f"{tuple(losses.shape)}."
+            )
         unknown = torch.full_like(losses, torch.nan).diag_embed()
         return solve(self, unknown, losses.detach()).weights
 
@@ -171,7 +206,16 @@ class RowMethod(Method):
     uses: ClassVar[Uses] = "rows"
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """Return the `(n,)` update for `(K, n)` task gradients."""
+        """Return the `(n,)` update for `(K, n)` task gradients.
+
+        Raises:
+            ValueError: `rows` has another shape.
+        """
+        if rows.dim() != 2 or rows.shape[0] == 0:
+            raise ValueError(
+                f"{type(self).__name__} works on the coordinates of task gradients, which must have shape (K, n), "
+                f"K >= 1: one in each row. Got shape {tuple(rows.shape)}."
+            )
         self.begin(rows.device)
         return self.combine(rows)
 

@@ -5,7 +5,7 @@ All functions take leading batch dimensions (blocks of parameters), written `...
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -15,7 +15,8 @@ NOISE = 1e-6
 means nothing: the entries of a float32 Gramian are good to about 2e-7."""
 
 
-class Cosines(NamedTuple):
+@dataclass(frozen=True)  # older compilers cannot trace a property of a NamedTuple
+class Cosines:
     """`norms` `(..., K)`, their reciprocals `(..., K)` (0 for a zero row), and the cosine `matrix` `(..., K, K)`."""
 
     norms: Tensor

@@ -81,6 +81,11 @@ class Draws:
         self._draws = torch.zeros((), dtype=torch.int64)
         self._hash: Tensor | None = None  # of the seed, on the device of the draws
 
+    @property
+    def seed(self) -> int:
+        """The seed. Synchronises, where draws were taken on a device."""
+        return int(self._seed)
+
     def tensors(self) -> dict[str, Tensor]:
         """`seed` and `draws`, 0-d int64."""
         return {"seed": self._seed, "draws": self._draws}
@@ -108,16 +113,25 @@ class Draws:
         return _draw_start(self._hash, self._draws)
 
 
-class RandomlyOrdered(Method):
-    """Base of the methods that take the tasks in random order."""
+class Seeded(Method):
+    """Base of the methods that draw at random."""
 
     def __init__(self, *, seed: int = 0, reduction: Reduction = "sum") -> None:
         super().__init__(reduction=reduction)
         self._random = Draws(seed)
 
+    @property
+    def seed(self) -> int:
+        """The seed in use: that of the checkpoint, once one was loaded."""
+        return self._random.seed
+
     def state(self) -> Mapping[str, Tensor]:
-        """Seed and number of the random orders drawn so far (0-d int64)."""
+        """Seed and number of the draws so far (0-d int64)."""
         return self._random.tensors()
+
+
+class RandomlyOrdered(Seeded):
+    """Base of the methods that take the tasks in random order."""
 
     def _orders(self, gramian: Tensor) -> Tensor | None:
         """The orders of this step; None for two tasks, where they make no difference."""

@@ -9,7 +9,7 @@ factor, the simplex is :math:`a^\top u = 1, u \ge 0`. Minimising
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -18,7 +18,8 @@ from agsurgery.methods._cosine import NOISE, Cosines
 from agsurgery.methods._quadratic import minimise
 
 
-class Combination(NamedTuple):
+@dataclass(frozen=True)
+class Combination:
     """`point` u and `price` a, both `(..., K)`; a is 1 for the shortest gradient and 0 for an absent one."""
 
     point: Tensor

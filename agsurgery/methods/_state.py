@@ -24,9 +24,8 @@ class TaskState:
         self._entries = entries
         self._tasks: tuple[str, ...] = ()
         self._tensors: dict[str, Tensor] = {}
-        self._names: Tensor | None = (
-            None  # made when asked for: JSON cannot be traced by a compiler
-        )
+        # Made when asked for: JSON cannot be traced by a compiler.
+        self._names: Tensor | None = None
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -15,7 +15,7 @@ class Wrapper(Method):
 
     Args:
         method: the method inside: an instance, a name, or any callable from Gramian to weights.
-        reduction: see `Method`.
+        reduction: `"mean"` divides by K.
 
     Raises:
         TypeError: the method inside works on coordinates and has no weights.

@@ -34,7 +34,7 @@ class AGS(NormRestored):
             and a step made of rounding noise would be blown up to full length. The default is far above what ordinary
             steps need: s stayed below 3 over random conflicting pairs with norm ratios up to 100. None: no limit.
         seed: see `PCGrad`.
-        reduction: see `Method`; the published script sums.
+        reduction: `"mean"` divides by K; the published script sums.
 
     Raises:
         ValueError: `max_scale` is not positive.
@@ -45,7 +45,8 @@ class AGS(NormRestored):
         tensor([1., 1.], dtype=torch.float64)
 
     References:
-        SLAM-AGS: slide-label-aware multi-task pretraining with adaptive gradient surgery, 2025 (its "AGS" step).
+        Acerbis et al., [SLAM-AGS](https://arxiv.org/abs/2511.14639), 2025, its "AGS" step.
+
         Yu et al., [Gradient Surgery for Multi-Task Learning](https://arxiv.org/abs/2001.06782), 2020.
     """
 
@@ -53,3 +54,9 @@ class AGS(NormRestored):
         self, *, max_scale: float | None = 10.0, seed: int = 0, reduction: Reduction = "sum"
     ) -> None:
         super().__init__(PCGrad(seed=seed), max_scale=max_scale, reduction=reduction)
+
+    @property
+    def seed(self) -> int:
+        """See `PCGrad`."""
+        assert isinstance(self.method, PCGrad)
+        return self.method.seed

@@ -29,7 +29,7 @@ class AlignedMTL(Method):
     Args:
         scale: :math:`\sigma` is the `"min"`, `"median"` (the lower of two) or mean (`"rmse"`) nonzero eigenvalue.
         preference: K positive numbers p, by place or task name; None: ones.
-        reduction: see `Method`. The paper sums.
+        reduction: `"mean"` divides by K. The paper sums.
 
     Raises:
         TypeError, ValueError: `scale` unknown, `preference` not K positive numbers.
@@ -52,8 +52,8 @@ class AlignedMTL(Method):
 
     def __init__(
         self,
-        scale: Scale = "min",
         *,
+        scale: Scale = "min",
         preference: Preference = None,
         reduction: Reduction = "sum",
     ) -> None:

@@ -30,7 +30,7 @@ class CAGrad(Method):
             0.5 is the usual default of public code.
         rescale: divide the update by `"quadratic"` :math:`1 + c^2` or `"linear"` :math:`1 + c`, as some of the
             authors' scripts do, or not at all (`"none"`, Algorithm 1).
-        reduction: see `Method`. The paper's step has the scale of the mean; `"sum"` multiplies it by K.
+        reduction: `"mean"` divides by K. The paper's step has the scale of the mean; `"sum"` multiplies it by K.
 
     Raises:
         ValueError: `c` is negative or not finite, or `rescale` is unknown.

@@ -33,7 +33,7 @@ class ConFIG(Method):
         length: `"projection"` is the length above; `"min"`, `"max"`, `"harmonic"`, `"arithmetic"` and `"geometric"` put
             that mean of the norms of the gradients in the place of each of them in it.
         preference: K positive numbers p, by place or task name; None: ones.
-        reduction: see `Method`. The paper's length is that of the sum.
+        reduction: `"mean"` divides by K. The paper's length is that of the sum.
 
     Raises:
         TypeError, ValueError: `length` unknown, `preference` not K positive numbers.

@@ -21,7 +21,8 @@ class DualProj(Method):
 
     Args:
         preference: K positive numbers :math:`p_i`, in the order of the losses or by task name; None: ones.
-        reduction: see `Method`. TorchJD projects the mean gradient, gradient episodic memory that of the current task.
+        reduction: `"mean"` divides by K. TorchJD projects the mean gradient, gradient episodic memory that of
+            the current task.
 
     Raises:
         TypeError, ValueError: `preference` is not K positive numbers.
@@ -38,6 +39,7 @@ class DualProj(Method):
     References:
         Lopez-Paz and Ranzato, [Gradient Episodic Memory for Continual
         Learning](https://arxiv.org/abs/1706.08840), 2017, the quadratic program of section 3.
+
         Quinton and Rey, [Jacobian Descent](https://arxiv.org/abs/2406.16232), 2024, name it DualProj.
     """
 

@@ -19,7 +19,7 @@ class DWA(LossMethod):
 
     Args:
         temperature: T, positive; larger makes the weights more even. The paper uses 2.
-        reduction: see `Method`; the paper's weights sum to K.
+        reduction: `"mean"` divides by K; the paper's weights sum to K.
 
     Raises:
         ValueError: `temperature` is not positive.

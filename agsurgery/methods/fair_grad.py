@@ -62,7 +62,7 @@ class FairGrad(Method):
         length: `"sum"` gives the update the norm of the plain sum, `"exact"` that of the equation, which depends on
             alpha: with alpha = 1 it is :math:`\sqrt K` whatever the gradients are.
         preference: K positive numbers p, by place or task name: :math:`(G w)_i = p_i w_i^{-1/\alpha}`.
-        reduction: see `Method`; `"mean"` divides by K.
+        reduction: `"mean"` divides by K.
 
     Raises:
         TypeError, ValueError: `alpha` is not positive and finite, `length` unknown, `preference` not K positive

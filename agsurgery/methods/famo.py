@@ -27,7 +27,7 @@ class FAMO(LossMethod):
         lr: learning rate of :math:`\xi`; 0.025 in the paper.
         weight_decay: pulls :math:`\xi` to 0; 1e-3 in the paper's algorithm, 1e-2 or 1e-5 in official code.
         lower_bound: K numbers b, by place or task name, below every value of the losses; None: zeros.
-        reduction: see `Method`. The paper's weights sum to 1, which is the scale of the mean.
+        reduction: `"mean"` divides by K. The paper's weights sum to 1, which is the scale of the mean.
 
     Raises:
         TypeError, ValueError: `lr` is not positive and finite, `weight_decay` negative, or `lower_bound` not K numbers.

@@ -15,7 +15,7 @@ class GLS(LossMethod):
     loss counts by its relative change.
 
     Args:
-        reduction: see `Method`; `"mean"` is the gradient of the geometric mean itself.
+        reduction: `"mean"` divides by K: the gradient of the geometric mean itself.
 
     Note:
         Computed by logarithms, because the product of many losses leaves the range of floats. The losses must be

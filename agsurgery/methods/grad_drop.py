@@ -9,10 +9,10 @@ from torch import Tensor
 
 from agsurgery.methods._base import Reduction, RowMethod
 from agsurgery.methods._preference import PerTask
-from agsurgery.methods._random import Draws, uniform
+from agsurgery.methods._random import Seeded, uniform
 
 
-class GradDrop(RowMethod):
+class GradDrop(Seeded, RowMethod):
     r"""Gradient sign dropout: in each coordinate the positive or the negative entries go through, by a draw.
 
     With the entries :math:`g_i` of the tasks in one coordinate, their purity
@@ -30,7 +30,7 @@ class GradDrop(RowMethod):
         leak: :math:`l_i`, the share of a gradient that passes whatever its sign, between 0 and 1: one number, or one
             for each task in the order of the losses. 1 for all tasks is the plain sum.
         seed: of the draws. Equal seeds give equal draws on every rank.
-        reduction: see `Method`; the paper sums.
+        reduction: `"mean"` divides by K; the paper sums.
 
     Raises:
         TypeError: `leak` is neither a number nor a sequence.
@@ -64,7 +64,7 @@ class GradDrop(RowMethod):
         seed: int = 0,
         reduction: Reduction = "sum",
     ) -> None:
-        super().__init__(reduction=reduction)
+        super().__init__(seed=seed, reduction=reduction)
         numbers = [leak] if isinstance(leak, int | float) else leak
         if isinstance(numbers, Mapping):
             raise TypeError(
@@ -75,7 +75,6 @@ class GradDrop(RowMethod):
         if not all(0 <= number <= 1 for number in numbers):
             raise ValueError(f"Every number of `leak` must be between 0 and 1. Got {leak!r}.")
         self.leak = leak
-        self._random = Draws(seed)
         self._start: Tensor | None = None
 
     def begin(self, device: torch.device) -> None:
@@ -104,7 +103,3 @@ class GradDrop(RowMethod):
         if isinstance(self.leak, int | float):
             return float(self.leak)
         return self._leaks.tensor([str(task) for task in range(rows.shape[0])], rows).unsqueeze(1)
-
-    def state(self) -> Mapping[str, Tensor]:
-        """Seed and number of the draws taken so far (0-d int64)."""
-        return self._random.tensors()

@@ -80,7 +80,7 @@ class GradVac(RandomlyOrdered):
     Args:
         beta: weight of the newest cosine in the targets, between 0 and 1.
         seed: of the random orders (three tasks and more). Equal seeds give equal orders on every rank.
-        reduction: see `Method`; the paper sums.
+        reduction: `"mean"` divides by K; the paper sums.
 
     Raises:
         ValueError: `beta` is outside [0, 1].

@@ -22,7 +22,7 @@ class IMTLG(Method):
     taken then may oppose some.
 
     Args:
-        reduction: see `Method`. The paper's weights sum to 1, which is the scale of the mean.
+        reduction: `"mean"` divides by K. The paper's weights sum to 1, which is the scale of the mean.
 
     Note:
         The direction is that of `ConFIG`, or the opposite one where the weights' sum before scaling is negative; the

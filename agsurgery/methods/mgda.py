@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from agsurgery.methods._base import Method, Problem, Reduction, Solution
+from agsurgery.methods._cosine import Cosines
 from agsurgery.methods._simplex import shortest_combination
 
-Normalisation: TypeAlias = Literal["none", "norm", "loss", "loss+norm"]
+Normalization: TypeAlias = Literal["none", "norm", "loss", "loss+norm"]
 
 
 class MGDA(Method):
@@ -26,8 +27,8 @@ class MGDA(Method):
         normalization: solve for gradients divided by s: `"none"`, `"norm"` (:math:`s_i = |g_i|`), `"loss"`
             (:math:`s_i = l_i`) or `"loss+norm"` (:math:`s_i = l_i |g_i|`). The losses must be positive; the weights
             are NaN if one is not.
-        reduction: see `Method`. The paper's weights sum to 1, which is the scale of the mean; `"sum"` multiplies them
-            by the number of tasks with a gradient.
+        reduction: `"mean"` divides by K. The paper's weights sum to 1, which is the scale of the mean; `"sum"`
+            multiplies them by the number of tasks with a gradient.
 
     Raises:
         ValueError: unknown normalisation; one with losses is asked for weights without losses.
@@ -44,12 +45,13 @@ class MGDA(Method):
 
     References:
         Désidéri, [Multiple-gradient descent algorithm](https://doi.org/10.1016/j.crma.2012.03.014), 2012.
+
         Sener and Koltun, [Multi-Task Learning as Multi-Objective Optimization](https://arxiv.org/abs/1810.04650), 2018,
         equation 3.
     """
 
     def __init__(
-        self, *, normalization: Normalisation = "none", reduction: Reduction = "sum"
+        self, *, normalization: Normalization = "none", reduction: Reduction = "sum"
     ) -> None:
         super().__init__(reduction=reduction)
         if normalization not in ("none", "norm", "loss", "loss+norm"):
@@ -57,7 +59,7 @@ class MGDA(Method):
                 '`normalization` must be "none", "norm", "loss" or "loss+norm". '
                 f"Got {normalization!r}."
             )
-        self.normalization: Normalisation = normalization
+        self.normalization: Normalization = normalization
 
     def _solve_sum(self, problem: Problem) -> Solution:
         split = problem.split
@@ -66,7 +68,7 @@ class MGDA(Method):
             lengths = lengths / self._positive_losses(problem)
         lengths = torch.where(split.norms == 0, 0.0, lengths)
         reciprocals = torch.where(lengths == 0, 0.0, lengths.reciprocal())
-        combination = shortest_combination(split._replace(norms=lengths, reciprocals=reciprocals))
+        combination = shortest_combination(Cosines(lengths, reciprocals, split.matrix))
         count = split.present.sum(-1, keepdim=True)
         weights = torch.where(split.norms == 0, 1.0, count * combination.weights)
         return Solution(weights, problem.gramian.new_ones(problem.gramian.shape[:-2]))

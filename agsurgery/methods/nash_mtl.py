@@ -19,7 +19,7 @@ class NashMTL(Method):
         length: `"sum"` gives the update the norm of the plain sum. `"exact"` is the bargaining solution itself: its
             norm is :math:`\sqrt K` whatever the gradients are, and the learning rate alone sets the length of a step.
         preference: K positive bargaining powers p, by place or task name: :math:`G w = p / w`.
-        reduction: see `Method`; `"mean"` divides by K.
+        reduction: `"mean"` divides by K.
 
     Raises:
         TypeError, ValueError: `length` unknown, `preference` not K positive numbers.

@@ -59,7 +59,7 @@ class PCGrad(RandomlyOrdered):
 
     Args:
         seed: of the random orders (three tasks and more). Equal seeds give equal orders on every rank.
-        reduction: see `Method`; the paper sums.
+        reduction: `"mean"` divides by K; the paper sums.
 
     Note:
         The order of the projections is drawn anew in each step, for each task, as in the paper's algorithm;

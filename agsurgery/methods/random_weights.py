@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
-from torch import Tensor
-
-from agsurgery.methods._base import Method, Problem, Reduction, Solution
-from agsurgery.methods._random import Draws, uniform
+from agsurgery.methods._base import Problem, Solution
+from agsurgery.methods._random import Seeded, uniform
 
 
-class Random(Method):
+class Random(Seeded):
     """Weights drawn uniformly from the simplex in each step, times K.
 
     Unlike `RLW` it belongs to the methods of the gradients: heads keep their own gradients, and the report has a
@@ -18,17 +14,13 @@ class Random(Method):
 
     Args:
         seed: of the draws. Equal seeds give equal weights on every rank.
-        reduction: see `Method`; `"mean"` makes the weights sum to 1.
+        reduction: `"mean"` divides by K: the weights sum to 1.
 
     Example:
         >>> import torch
         >>> round(float(Random()(torch.eye(4, dtype=torch.float64)).sum()), 6)
         4.0
     """
-
-    def __init__(self, *, seed: int = 0, reduction: Reduction = "sum") -> None:
-        super().__init__(reduction=reduction)
-        self._random = Draws(seed)
 
     def _solve_sum(self, problem: Problem) -> Solution:
         gramian = problem.gramian
@@ -37,7 +29,3 @@ class Random(Method):
         drawn = -uniform(self._random.next(gramian.device), tasks).log()
         weights = (tasks * drawn / drawn.sum()).to(gramian.dtype).expand(gramian.shape[:-1])
         return Solution(weights, gramian.new_ones(gramian.shape[:-2]))
-
-    def state(self) -> Mapping[str, Tensor]:
-        """Seed and number of the draws so far."""
-        return self._random.tensors()

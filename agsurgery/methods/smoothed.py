@@ -47,7 +47,7 @@ class Smoothed(Wrapper):
         Beyond](https://openreview.net/forum?id=ScwfQ7hdwyP), 2022, Algorithm 1 (CR-MOGM).
     """
 
-    def __init__(self, method: str | Weighting, momentum: float = 0.9) -> None:
+    def __init__(self, method: str | Weighting, *, momentum: float = 0.9) -> None:
         super().__init__(method)
         if not 0 <= momentum < 1:
             raise ValueError(f"`momentum` must be at least 0 and below 1. Got {momentum}.")

@@ -20,7 +20,7 @@ class STCH(LossMethod):
         mu: width of the smoothing, positive, on the scale of the losses.
         ideal: K numbers z, by place or task name: the best value of each loss; None: zeros.
         preference: K positive numbers p, by place or task name, scaled to mean 1; None: ones.
-        reduction: see `Method`. The paper's gradient has the scale of the mean.
+        reduction: `"mean"` divides by K. The paper's gradient has the scale of the mean.
 
     Raises:
         TypeError, ValueError: `mu` is not positive and finite; `ideal` or `preference` are not as above.

@@ -21,7 +21,7 @@ class TrimmedMean(RowMethod):
     Args:
         trim: number of entries to leave out at each end, at least 0; there must be more than 2 `trim` tasks. 0 is
             the plain sum.
-        reduction: see `Method`; `"mean"` is the trimmed mean of the paper.
+        reduction: `"mean"` divides by K: the trimmed mean of the paper.
 
     Raises:
         TypeError: `trim` is not an integer.

@@ -22,7 +22,7 @@ class UPGrad(Method):
 
     Args:
         preference: K positive numbers :math:`p_i`, in the order of the losses or by task name; None: ones.
-        reduction: see `Method`. The paper takes the mean of the projections.
+        reduction: `"mean"` divides by K. The paper takes the mean of the projections.
 
     Raises:
         TypeError, ValueError: `preference` is not K positive numbers.

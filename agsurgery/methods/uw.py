@@ -21,7 +21,7 @@ class UW(LossMethod):
 
     Args:
         lr: learning rate of s, by Adam inside the method, after each use.
-        reduction: see `Method`; the paper sums.
+        reduction: `"mean"` divides by K; the paper sums.
 
     Raises:
         ValueError: `lr` is not positive and finite.

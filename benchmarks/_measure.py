@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -96,6 +97,15 @@ def interleaved(
             order = order[1:] + order[:1]
             gc.collect()
     return samples
+
+
+def waiter(device: torch.device) -> Callable[[], None]:
+    """What waits until a device has done its work; on a CPU there is nothing to wait for."""
+    return partial(torch.cuda.synchronize, device) if device.type == "cuda" else _nothing
+
+
+def _nothing() -> None:
+    pass
 
 
 def _run(step: Step, count: int, synchronise: Callable[[], None]) -> Sample:

@@ -24,9 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import agsurgery
-from benchmarks._cli import new_parser, parse, result_path
-from benchmarks._measure import environment, write_json
+from benchmarks._cli import finish, new_parser, parse, provenance, threads
 from benchmarks._traps import (
     Missing,
     Trap,
@@ -37,6 +35,7 @@ from benchmarks._traps import (
     pytorch_optimizer_pcgrad,
     torchjd,
 )
+from benchmarks.figures import against_peers as figure
 
 PACKAGES = (
     "torch",
@@ -316,17 +315,14 @@ def answer(agreements: list[dict[str, Any]], traps: list[dict[str, Any]]) -> str
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark with command line arguments; returns what the JSON file holds."""
-    assert __doc__ is not None
-    parser = new_parser(__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--inputs", type=int, default=INPUTS, help="per cell of the agreement")
     options = parse(parser, arguments, inputs=1)
-    device, threads = torch.device(options.device), torch.get_num_threads()
+    device = torch.device(options.device)
     inputs, tasks = (2, (2, 4)) if options.quick else (options.inputs, TASKS)
-    torch.set_num_threads(1)
-    try:
-        record = environment(device, PACKAGES)
-        record["versions"]["agsurgery"] = agsurgery.__version__
+    with threads():
+        record = provenance(options, PACKAGES, __doc__)
         agreements = []
         print(f"  {'method':<12}{'peer':<18}" + "".join(f"{f'K = {k}':>10}" for k in tasks))
         for pair in AGREEMENTS:
@@ -346,26 +342,17 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             if trap.peer in options.peers:
                 traps.append(spring(trap))
                 print(trap_line(traps[-1]), flush=True)
-    finally:
-        torch.set_num_threads(threads)
-    summary = answer(agreements, traps)
+    print(
+        "Time and memory beside the same peers: results/step_cost.json, solver_cost.json, peak_memory.json"
+    )
     result = {
-        "question": __doc__.splitlines()[0],
-        "answer": summary,
-        "device": options.device,
+        "answer": answer(agreements, traps),
         "inputs": inputs,
         **record,
         "agreement": agreements,
         "traps": traps,
     }
-    out = result_path(options, "against_peers")
-    if out is not None:
-        write_json(out, result)
-    print(
-        "Time and memory beside the same peers: results/step_cost.json, solver_cost.json, peak_memory.json"
-    )
-    print(summary)
-    return result
+    return finish(options, "against_peers", result, figure.draw)
 
 
 if __name__ == "__main__":

@@ -14,9 +14,9 @@ Without --cells the cells are synthetic. Each setting takes one to two minutes o
 
 from __future__ import annotations
 
-import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ import torch
 from sklearn.covariance import LedoitWolf
 from sklearn.metrics import average_precision_score
 
-from benchmarks._measure import environment, write_json
+from benchmarks._cli import finish, new_parser, parse, provenance
 from examples.slam_ags_cytology import views
 from examples.slam_ags_cytology.bags import BagsConfig, bags
 from examples.slam_ags_cytology.manifest import read_manifest
@@ -41,7 +41,7 @@ from examples.slam_ags_cytology.synthetic import (
     synthetic,
 )
 
-RESULTS = Path(__file__).parent / "results"
+PACKAGES = ("torch", "kornia", "scikit-learn")
 PUBLISHED: dict[str, Any] = {
     "similarity_share": None,
     "similarity_start": 0.0,
@@ -82,11 +82,13 @@ SETTINGS = (
 )
 
 
-def measure(setting: Setting, draw: BagsConfig, epochs: int, seed: int) -> dict[str, Any]:
+def measure(
+    setting: Setting, draw: BagsConfig, epochs: int, seed: int, device: str
+) -> dict[str, Any]:
     """Pretrain one setting, and say how it ended."""
     bags(draw)
     config = PretrainConfig(
-        out=draw.out, arm=setting.arm, epochs=epochs, seed=seed, **setting.changes
+        draw.out, arm=setting.arm, epochs=epochs, seed=seed, device=device, **setting.changes
     )
     encoder_path = pretrain(config)
     folder = encoder_path.parent
@@ -111,12 +113,12 @@ def ranking(encoder_path: Path, config: PretrainConfig) -> float:
     frame = read_manifest(config.out / "manifest.csv")
     store = open_store(frame["path"], config.patch, config.out)
     encoder, _ = load_encoder(encoder_path)
+    encoder.to(config.device)
     features = []
     with torch.no_grad():
         for rows in np.array_split(store.rows(frame["path"]), max(1, len(frame) // 256)):
-            features.append(
-                encoder(views.centre(views.to_float(store.images[rows]), config.crop)).numpy()
-            )
+            images = views.centre(views.to_float(store.images[rows]), config.crop)
+            features.append(encoder(images.to(config.device)).cpu().numpy())
     embedded = np.concatenate(features)
     normal = ((frame["split"] == "train") & (frame["label"] == 0)).to_numpy()
     test = (frame["split"] == "test").to_numpy()
@@ -130,11 +132,15 @@ def table(rows: list[dict[str, Any]]) -> str:
     return frame.to_string(index=False, float_format=lambda value: f"{value:.3f}", na_rep="-")
 
 
-def main() -> None:
+def answer(rows: list[dict[str, Any]]) -> str:
+    """Which settings fail."""
+    collapsed = sorted({row["setting"] for row in rows if row["collapsed"]})
+    return f"Answer: {len(collapsed)} settings collapse: {', '.join(collapsed) or 'none'}; all others train."
+
+
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run all settings, store the results, and answer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument(
         "--cells", type=Path, help="folder of class folders; synthetic cells without it"
     )
@@ -145,19 +151,21 @@ def main() -> None:
     parser.add_argument("--witness-rate", type=float, default=0.1)
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--settings", nargs="+", choices=[s.name for s in SETTINGS])
     parser.add_argument(
         "--name", default="synthetic", help="of the result: results/collapse_NAME.json"
     )
-    options = parser.parse_args()
+    options = parse(parser, arguments, epochs=1)
+    record = provenance(options, PACKAGES, __doc__)
+    chosen = [s for s in SETTINGS if options.settings is None or s.name in options.settings]
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         cells, classes = options.cells, (tuple(options.normal), tuple(options.positive))
         if cells is None:
-            cells, classes = (
-                synthetic(SyntheticConfig(out=Path(folder))),
-                (NORMAL_CLASSES, ABNORMAL_CLASSES),
-            )
-        for number, setting in enumerate(SETTINGS):
+            small = {"normal": 420, "abnormal": 60} if options.quick else {}
+            cells = synthetic(SyntheticConfig(out=Path(folder), **small))
+            classes = (NORMAL_CLASSES, ABNORMAL_CLASSES)
+        for number, setting in enumerate(chosen):
             for seed in options.seeds:
                 draw = BagsConfig(
                     out=Path(folder) / f"{number}-{seed}",
@@ -167,19 +175,14 @@ def main() -> None:
                     positive=classes[1],
                     witness_rate=options.witness_rate,
                     reuse_normals=options.reuse_normals,
+                    **({"bag_size": 10} if options.quick else {}),
                 )
-                rows.append(measure(setting, draw, options.epochs, seed))
+                rows.append(measure(setting, draw, options.epochs, seed, options.device))
                 print(table(rows[-1:]), flush=True)
     print(table(rows))
-    target = RESULTS / f"collapse_{options.name}.json"
-    record = {
-        "environment": environment(torch.device("cpu"), ("torch", "kornia", "scikit-learn")),
-        "witness_rate": options.witness_rate,
-        "epochs": options.epochs,
-    }
-    write_json(target, record | {"rows": rows})
-    collapsed = sorted({row["setting"] for row in rows if row["collapsed"]})
-    print(f"Collapsed: {', '.join(collapsed) or 'none'}. All other settings train.")
+    facts = {"witness_rate": options.witness_rate, "epochs": options.epochs}
+    result = {"answer": answer(rows), **record, **facts, "rows": rows}
+    return finish(options, f"collapse_{options.name}", result)
 
 
 if __name__ == "__main__":

@@ -17,19 +17,21 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks._measure import environment, write_json
+from benchmarks._cli import finish, new_parser, parse
+from benchmarks._measure import environment
+from benchmarks.figures import cytology as figure
 from examples.slam_ags_cytology.bags import BagsConfig
 from examples.slam_ags_cytology.mil import MilConfig
 from examples.slam_ags_cytology.pretrain import PretrainConfig
 from examples.slam_ags_cytology.sweep import SweepConfig, sweep
 from examples.slam_ags_cytology.synthetic import SyntheticConfig
 
-RESULTS = Path(__file__).parent / "results"
 RANKINGS = ("attention", "instance_score", "slide_label", "distance")
 SHOWN = ("bag_f1", "bag_auroc", *(f"average_precision_{key}" for key in RANKINGS))
 
@@ -60,9 +62,19 @@ def configure(options: argparse.Namespace, out: Path) -> SweepConfig:
             here, bag_size=100, train_bags=12, val_bags=2, test_bags=6, reuse_normals=True, **draw
         ),
         pretrain=PretrainConfig(
-            here, patch=options.size, crop=options.size * 7 // 8, epochs=options.epochs
+            here,
+            patch=options.size,
+            crop=options.size * 7 // 8,
+            epochs=options.epochs,
+            device=options.device,
         ),
-        mil=MilConfig(here, seeds=tuple(range(options.seeds)), epochs=60, patience=15),
+        mil=MilConfig(
+            here,
+            seeds=tuple(range(options.seeds)),
+            epochs=60,
+            patience=15,
+            device=options.device,
+        ),
     )
 
 
@@ -106,11 +118,9 @@ def answer(summary: dict[str, Any], arm: str = "ags") -> str:
     return f"Average precision of {arm} against {reference}: {'; '.join(parts) or 'not measured'}."
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the sweep, store the result, and answer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--cells", type=Path, help="folder of cells; synthetic ones without it")
     parser.add_argument("--split-csv", type=Path, help="published split of these cells")
     parser.add_argument("--normal", nargs="+", default=["LYT"])
@@ -127,22 +137,22 @@ def main() -> None:
     )
     parser.add_argument("--work", type=Path, help="folder of the sweep; a temporary one without it")
     parser.add_argument("--name", default="synthetic", help="results/cytology_NAME.json")
-    options = parser.parse_args()
+    options = parse(parser, arguments, draws=1, seeds=1, epochs=1, size=8)
     with tempfile.TemporaryDirectory() as folder:
         out = options.work or Path(folder) / "sweep"
         sweep(configure(options, out))
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     record = {
         "environment": environment(
-            torch.device("cpu"), ("torch", "kornia", "scikit-learn", "numpy")
+            torch.device(options.device), ("torch", "kornia", "scikit-learn", "numpy")
         ),
+        "device": options.device,
         "facts": summary["facts"],
         "chance": summary["chance"],
         "rows": rows(summary),
         "answer": answer(summary),
     }
-    write_json(RESULTS / f"cytology_{options.name}.json", record)
-    print(record["answer"])
+    return finish(options, f"cytology_{options.name}", record, figure.draw)
 
 
 if __name__ == "__main__":  # also imported by worker processes

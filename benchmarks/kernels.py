@@ -9,25 +9,24 @@ for random and for nearly parallel rows, beside the plain product `J @ J.T`.
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
+from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from agsurgery import kernels
-from benchmarks._measure import Spread, Step, environment, interleaved, write_json
+from benchmarks._cli import finish, new_parser, parse, provenance, threads
+from benchmarks._measure import Spread, Step, interleaved, waiter
+from benchmarks.figures import kernels as figure
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TASKS = (2, 4, 8, 16)
 COLUMNS = (100_000, 1_000_000, 10_000_000)
+BLOCK_SECONDS = 0.02
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-PARALLEL = (
-    1e-3  # length of what tells nearly parallel rows apart, relative to what they have in common
-)
+PARALLEL = 1e-3
+"""Length of what tells nearly parallel rows apart, relative to what they have in common."""
 
 
 def speeds(
@@ -43,8 +42,9 @@ def speeds(
         "gramian": lambda: _done(kernels.gramian(rows)),
         "combine": lambda: _done(kernels.combine(weights, rows, out)),
     }
-    wait: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else _nothing
-    samples = interleaved(steps, rounds=rounds, block_seconds=seconds, warmup=2, synchronise=wait)
+    samples = interleaved(
+        steps, rounds=rounds, block_seconds=seconds, warmup=2, synchronise=waiter(device)
+    )
     gigabytes = rows.numel() * rows.element_size() / 1e9
     result: dict[str, Any] = {}
     for name, own in samples.items():
@@ -58,10 +58,6 @@ def speeds(
 
 def _done(tensor: Tensor) -> None:
     """A step returns nothing."""
-
-
-def _nothing() -> None:
-    pass
 
 
 def errors(tasks: int, columns: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -133,52 +129,31 @@ def answer(cases: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark with command line arguments; returns what the JSON file holds."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--tasks", type=int, nargs="+", default=list(TASKS), help="K to try")
     parser.add_argument("--columns", type=int, nargs="+", default=list(COLUMNS), help="n to try")
     parser.add_argument("--rounds", type=int, default=11, help="samples per kernel (default: 11)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--out", type=Path, help="default: benchmarks/results/kernels[-cuda].json")
-    options = parser.parse_args(arguments)
-    if min(*options.tasks, *options.columns, options.rounds, options.threads) < 1:
-        parser.error("--tasks, --columns, --rounds and --threads must be positive.")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use. Found none.")
+    options = parse(parser, arguments, tasks=1, columns=1, rounds=1, threads=1)
     device = torch.device(options.device)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        record = environment(device, ("torch",))
+    if options.quick:
+        options.tasks, options.columns, options.rounds = [2, 4], [10_000], 1
+    with threads(options.threads):
+        record = provenance(options, ("torch",), __doc__)
         cases = {}
-        for dtype_name, dtype in DTYPES.items():
-            for columns in options.columns:
-                for tasks in options.tasks:
-                    time = partial(speeds, tasks, columns, dtype, device)
-                    cases[f"{dtype_name}, n = {columns:.0e}, K = {tasks}"] = {
-                        "dtype": dtype_name,
-                        "columns": columns,
-                        "tasks": tasks,
-                        "speed": time(options.rounds, 0.02),
-                        "error": errors(tasks, columns, dtype, device),
-                    }
-    finally:
-        torch.set_num_threads(threads)
-    summary = answer(cases)
-    result = {
-        "question": __doc__.splitlines()[0],
-        "answer": summary,
-        "device": options.device,
-        "rounds": options.rounds,
-        **record,
-        "cases": cases,
-    }
-    suffix = "-cuda" if device.type == "cuda" else ""
-    write_json(options.out or RESULTS / f"kernels{suffix}.json", result)
+        for (name, dtype), columns, tasks in product(
+            DTYPES.items(), options.columns, options.tasks
+        ):
+            cases[f"{name}, n = {columns:.0e}, K = {tasks}"] = {
+                "dtype": name,
+                "columns": columns,
+                "tasks": tasks,
+                "speed": speeds(tasks, columns, dtype, device, options.rounds, BLOCK_SECONDS),
+                "error": errors(tasks, columns, dtype, device),
+            }
     print(table(cases))
-    print(summary)
-    return result
+    result = {"answer": answer(cases), "rounds": options.rounds, **record, "cases": cases}
+    return finish(options, "kernels", result, figure.draw)
 
 
 if __name__ == "__main__":

@@ -11,19 +11,21 @@ Counted are images as the network sees them (views), two for each cell, per seco
 All are timed in turn, in many rounds. A second table gives what decoding costs once: from single files, from a tar
 archive, in threads and in processes, with the time for the 171,375 images of the public data set extrapolated from it.
 
+With `--device cuda` the network runs there, on pictures that are there already, and loaders are compared with it by the
+clock; they stay on the processor.
+
     python -m benchmarks.loader                       # synthetic cells
     python -m benchmarks.loader --cells CELLS         # any folder of images; they are resized to 250 pixels first
 """
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +35,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
-from benchmarks._measure import Spread, Step, environment, interleaved, write_json
+from benchmarks._cli import finish, new_parser, parse, provenance, threads
+from benchmarks._measure import Sample, Spread, Step, interleaved, waiter
 from examples.slam_ags_cytology import store as store_module
 from examples.slam_ags_cytology.cells import find_cells
 from examples.slam_ags_cytology.networks import Pretrained
@@ -42,7 +45,7 @@ from examples.slam_ags_cytology.synthetic import SyntheticConfig, synthetic
 from examples.slam_ags_cytology.views import PublishedViews, RandomViews, to_float
 from examples.torchvision_import import import_torchvision
 
-RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "torchvision", "kornia", "pillow", "numpy")
 SIDE = 250  # pixels, of the public data set
 FULL_SET = 171_375  # images in it
 MEAN, STD = (0.6009, 0.5513, 0.7394), (0.1982, 0.2448, 0.1076)
@@ -137,12 +140,12 @@ def one_by_one(paths: list[str], geometry: Geometry) -> Step:
     return step
 
 
-def network(geometry: Geometry, *, channels_last: bool) -> Step:
+def network(geometry: Geometry, device: torch.device, *, channels_last: bool) -> Step:
     """Forward and backward pass over two views of each cell of a batch."""
     torch.manual_seed(0)
-    model = Pretrained(geometry.encoder, 128, 64, batch_norm=False)
+    model = Pretrained(geometry.encoder, 128, 64, batch_norm=False).to(device)
     model.encoder.channels_last = channels_last
-    images = torch.rand(2 * geometry.cells, 3, geometry.crop, geometry.crop)
+    images = torch.rand(2 * geometry.cells, 3, geometry.crop, geometry.crop).to(device)
 
     def step() -> None:
         model.zero_grad()
@@ -248,7 +251,12 @@ def pack(paths: list[str], archive: Path) -> Path:
 
 
 def measure(
-    geometry: Geometry, paths: list[str], folder: Path, rounds: int, block_seconds: float
+    geometry: Geometry,
+    paths: list[str],
+    folder: Path,
+    rounds: int,
+    block_seconds: float,
+    device: torch.device,
 ) -> dict[str, Any]:
     """Images per second of each arm, and the ratio of each loader to the network, by rounds."""
     store = open_store(paths, geometry.patch, folder)
@@ -256,21 +264,25 @@ def measure(
         OURS: lambda: from_store(store, geometry, paper=False),
         OURS_PAPER: lambda: from_store(store, geometry, paper=True),
         PUBLISHED: lambda: one_by_one(paths, geometry),
-        NETWORK: lambda: network(geometry, channels_last=True),
-        NETWORK_ROWS: lambda: network(geometry, channels_last=False),
+        NETWORK: lambda: network(geometry, device, channels_last=True),
+        NETWORK_ROWS: lambda: network(geometry, device, channels_last=False),
     }
     samples = interleaved(
         {name: make() for name, make in makers.items()},
         rounds=rounds,
         block_seconds=block_seconds,
         warmup=1,
-        synchronise=lambda: None,
+        synchronise=waiter(device),
     )
     images = 2 * geometry.cells
+
+    def seconds(sample: Sample) -> float:
+        return sample.wall if device.type == "cuda" else sample.cpu
+
     result: dict[str, Any] = {}
     for name, values in samples.items():
-        network_cpu = [sample.cpu for sample in samples[NETWORK]]
-        ratios = [own / sample.cpu for own, sample in zip(network_cpu, values, strict=True)]
+        pairs = zip(samples[NETWORK], values, strict=True)
+        ratios = [seconds(own) / seconds(sample) for own, sample in pairs]
         result[name] = {
             "images_per_second": Spread.of([images / sample.wall for sample in values]).to_dict(1),
             "images_per_cpu_second": Spread.of([images / s.cpu for s in values]).to_dict(1),
@@ -302,11 +314,9 @@ def answer(results: dict[str, dict[str, Any]]) -> str:
     return "Answer: " + "; ".join(parts) + "."
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure, store and answer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = new_parser(__doc__)
     parser.add_argument("--cells", type=Path, help="folder of images; synthetic cells without it")
     parser.add_argument("--count", type=int, default=1000, help="cells to use")
     parser.add_argument("--rounds", type=int, default=7)
@@ -315,31 +325,29 @@ def main(arguments: list[str] | None = None) -> None:
         "--workers", type=int, default=2, help="threads, and processes, that decode"
     )
     parser.add_argument("--geometries", nargs="+", choices=GEOMETRIES, default=list(GEOMETRIES))
-    parser.add_argument("--out", type=Path, default=RESULTS / "loader.json")
-    options = parser.parse_args(arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        with tempfile.TemporaryDirectory() as name:
-            folder = Path(name)
-            paths = prepare(options.cells, options.count, folder)
-            archive = pack(paths, folder / "cells.tar")
-            rates = decoding(paths, archive, folder, options.workers)
-            bytes_of_one = reading(paths, archive)
-            results = {
-                title: measure(
-                    GEOMETRIES[title], paths, folder, options.rounds, options.block_seconds
-                )
-                for title in options.geometries
-            }
-            mean_bytes = float(np.mean([Path(path).stat().st_size for path in paths]))
-    finally:
-        torch.set_num_threads(threads)
-    packages = ("torch", "torchvision", "kornia", "pillow", "numpy")
-    record = {
-        "question": "Does the loader of the cytology example keep up with the network that it feeds?",
+    options = parse(parser, arguments, count=20, rounds=1, workers=1)
+    device = torch.device(options.device)
+    with threads(), tempfile.TemporaryDirectory() as name:
+        record = provenance(options, PACKAGES, __doc__)
+        folder = Path(name)
+        paths = prepare(options.cells, options.count, folder)
+        archive = pack(paths, folder / "cells.tar")
+        rates = decoding(paths, archive, folder, options.workers)
+        bytes_of_one = reading(paths, archive)
+        effort = (options.rounds, options.block_seconds, device)
+        results = {
+            title: measure(GEOMETRIES[title], paths, folder, *effort)
+            for title in options.geometries
+        }
+        mean_bytes = float(np.mean([Path(path).stat().st_size for path in paths]))
+    minutes = {name: round(FULL_SET / rate / 60, 1) for name, rate in rates.items()}
+    for name, rate in rates.items():
+        print(f"{name:<34}{rate:6.0f} images/s of a core: {minutes[name]} min. for {FULL_SET:,}")
+    print(f"reading alone: {bytes_of_one}")
+    print(table(results))
+    result = {
         "answer": answer(results),
-        **environment(torch.device("cpu"), packages),
+        **record,
         "cells": "synthetic" if options.cells is None else options.cells.name,
         "files": {"count": len(paths), "side": SIDE, "mean_bytes": round(mean_bytes)},
         "loaders": results,
@@ -348,19 +356,11 @@ def main(arguments: list[str] | None = None) -> None:
         "reading_microseconds": {name: round(value, 1) for name, value in bytes_of_one.items()},
         "full_set_extrapolated": {
             "images": FULL_SET,
-            "minutes_of_one_core": {
-                name: round(FULL_SET / rate / 60, 1) for name, rate in rates.items()
-            },
+            "minutes_of_one_core": minutes,
             "gigabytes": {size: round(FULL_SET * size**2 * 3 / 1e9, 1) for size in (64, 250)},
         },
     }
-    write_json(options.out, record)
-    for name, rate in rates.items():
-        minutes = FULL_SET / rate / 60
-        print(f"{name:<34}{rate:6.0f} images/s of a core: {minutes:.1f} minutes for {FULL_SET:,}")
-    print(f"reading alone: {bytes_of_one}")
-    print(table(results))
-    print(record["answer"])
+    return finish(options, "loader", result)
 
 
 if __name__ == "__main__":

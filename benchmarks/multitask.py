@@ -37,312 +37,29 @@ from __future__ import annotations
 
 import itertools
 import math
-import sys
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from scipy import stats
 from torch import Tensor
-from torch.nn import functional as F
 
-import agsurgery
-from benchmarks._cli import new_parser, parse, result_path
-from benchmarks._intervals import Interval
-from benchmarks._measure import environment, write_json
-from benchmarks._multitask_data import (
-    BUNDLED,
-    NOT_ASKED,
-    PROBLEMS,
-    Examples,
-    MissingDataError,
-    Problem,
-    Task,
-)
-from benchmarks._optimizers import SGD, Adam, Optimizer
-from benchmarks._plots import dots, new_figure, save_svg
+from benchmarks._cli import finish, new_parser, parse, provenance, threads
+from benchmarks._intervals import Interval, holm, p_value
+from benchmarks._multitask_data import BUNDLED, PROBLEMS, MissingDataError, Problem, Task
+from benchmarks._multitask_methods import METHODS, PLAIN, WEIGHTED, Entry, Trial, trials_of
+from benchmarks._multitask_networks import metrics_of
+from benchmarks._multitask_training import OPTIMIZERS, Kind, train
+from benchmarks._progress import Progress
+from benchmarks.figures import multitask as figure
 
 PACKAGES = ("torch", "numpy", "scipy", "scikit-learn", "matplotlib")
-HIDDEN = (64, 32)  # widths of the trunk
 STEPS, SEEDS = 600, 8
-RATES = (2.5e-3, 5e-3, 1e-2, 2e-2, 4e-2, 8e-2)
-SGD_RATES = tuple(5e-4 * 2**power for power in range(12))  # to 1
 TUNING_SEEDS = (1000, 1001, 1002, 1003)
-FAILED = -1.0  # R2 is cut off here: a constant has 0
-WATCHED = 20  # every n-th step is looked at for conflicts
 LEVEL = 0.05
 
 
-class Kind(NamedTuple):
-    """An optimizer, the learning rates to try with it, and with how many of the tuning seeds."""
-
-    make: Callable[[Tensor, Tensor], Optimizer]
-    rates: tuple[float, ...]
-    tuning_seeds: int
-
-
-OPTIMIZERS = {"adam": Kind(Adam, RATES, 2), "sgd": Kind(SGD, SGD_RATES, 4)}
-
-
-# -- methods --------------------------------------------------------------------------------------
-
-
-class Trial(NamedTuple):
-    """A learning rate, and the weights of the losses where they are tuned."""
-
-    rate: float
-    weights: tuple[float, ...] | None = None
-
-
-class Entry(NamedTuple):
-    """How to make a method from a seed.
-
-    A method that draws at random or looks at losses or coordinates has an instance for each run (`apart`), the others
-    take all runs as one batch of Gramians.
-    """
-
-    make: Callable[[int], Any]
-    apart: bool = False
-    least: int = 1  # tasks
-
-
-PLAIN, WEIGHTED = "Sum", "weighted sum"
-METHODS: dict[str, Entry] = {
-    "AGS": Entry(lambda seed: agsurgery.AGS(seed=seed), apart=True),
-    "PCGrad": Entry(lambda seed: agsurgery.PCGrad(seed=seed), apart=True),
-    "CAGrad": Entry(lambda _: agsurgery.CAGrad()),
-    PLAIN: Entry(lambda _: agsurgery.Sum()),
-    WEIGHTED: Entry(lambda _: None, apart=True),  # `Fixed` with the weights of the trial
-    "UPGrad": Entry(lambda _: agsurgery.UPGrad()),
-    "DualProj": Entry(lambda _: agsurgery.DualProj()),
-    "MGDA": Entry(lambda _: agsurgery.MGDA()),
-    "NashMTL": Entry(lambda _: agsurgery.NashMTL()),
-    "FairGrad(2)": Entry(lambda _: agsurgery.FairGrad(2.0)),
-    "IMTLG": Entry(lambda _: agsurgery.IMTLG()),
-    "ConFIG": Entry(lambda _: agsurgery.ConFIG()),
-    "AlignedMTL": Entry(lambda _: agsurgery.AlignedMTL()),
-    "GradVac": Entry(lambda seed: agsurgery.GradVac(seed=seed), apart=True),
-    "NormRestored(UPGrad)": Entry(lambda _: agsurgery.NormRestored(agsurgery.UPGrad())),
-    "Smoothed(UPGrad)": Entry(lambda _: agsurgery.Smoothed(agsurgery.UPGrad())),
-    "GradDrop": Entry(lambda seed: agsurgery.GradDrop(seed=seed), apart=True),
-    "TrimmedMean": Entry(lambda _: agsurgery.TrimmedMean(), apart=True, least=3),
-    "UW": Entry(lambda _: agsurgery.UW(), apart=True),
-    "DWA": Entry(lambda _: agsurgery.DWA(), apart=True),
-    "RLW": Entry(lambda seed: agsurgery.RLW(seed=seed), apart=True),
-    "GLS": Entry(lambda _: agsurgery.GLS(), apart=True),
-    "FAMO": Entry(lambda _: agsurgery.FAMO(), apart=True),
-    "STCH": Entry(lambda _: agsurgery.STCH(), apart=True),
-    "Random": Entry(lambda seed: agsurgery.Random(seed=seed), apart=True),
-}
-
-
-def trials_of(name: str, problem: Problem, rates: Sequence[float] = RATES) -> list[Trial]:
-    """What a method may try: as many trials for each.
-
-    The weighted sum tries its weightings with the middle ones of the rates; with one at least, however few there are.
-    """
-    if name != WEIGHTED:
-        return [Trial(rate) for rate in rates]
-    count = max(1, len(rates) // len(problem.weightings))
-    first = (len(rates) - count + 1) // 2
-    pairs = itertools.product(rates[first : first + count], problem.weightings)
-    return [Trial(rate, weights) for rate, weights in pairs]
-
-
-def instances(entry: Entry, trials: Sequence[Trial], seeds: Sequence[int]) -> list[Any]:
-    """One method for all runs, or one for each."""
-    if not entry.apart:
-        return [entry.make(0)]
-    made = []
-    for trial, seed in zip(trials, seeds, strict=True):
-        fixed = trial.weights is not None
-        made.append(agsurgery.Fixed(trial.weights) if fixed else entry.make(seed))
-    return made
-
-
-def combine(methods: Sequence[Any], rows: Tensor, losses: Tensor, gramians: Tensor) -> Tensor:
-    """`(R, n)` updates of R runs from `(R, K, n)` task gradients, `(R, K)` losses and `(R, K, K)` Gramians."""
-    if methods[0].uses == "rows":
-        return torch.stack([method(row) for method, row in zip(methods, rows, strict=True)])
-    if methods[0].uses == "losses":
-        weights = torch.stack([m(values) for m, values in zip(methods, losses, strict=True)])
-    elif len(methods) == 1:
-        weights = methods[0](gramians)
-    else:
-        weights = torch.stack([m(gramian) for m, gramian in zip(methods, gramians, strict=True)])
-    return (weights.to(rows).unsqueeze(1) @ rows).squeeze(1)
-
-
-# -- networks -------------------------------------------------------------------------------------
-
-
-class Networks:
-    """R networks: linear layers with ReLU that all tasks share, and one linear head per task.
-
-    Attributes:
-        flat: `(R, n + h)` parameters, those of the trunk first; `trunk` and `heads` are views of it.
-        shared: n.
-        trunk: weights `(R, before, after)` and biases `(R, 1, after)` by turns.
-        heads: the same for each task.
-    """
-
-    def __init__(
-        self,
-        sizes: Sequence[int],
-        tasks: Sequence[Task],
-        generators: Sequence[torch.Generator],
-        device: torch.device,
-    ) -> None:
-        pairs = [*itertools.pairwise(sizes), *((sizes[-1], task.outputs) for task in tasks)]
-        # Bounds as in torch.nn.Linear.
-        bounds = [before**-0.5 for before, after in pairs for _ in range((before + 1) * after)]
-        drawn = torch.stack([torch.rand(len(bounds), generator=g) for g in generators])
-        self.flat = ((2 * drawn - 1) * torch.tensor(bounds)).to(device)
-        views, start = [], 0
-        for before, after in pairs:
-            for rows in (before, 1):
-                view = self.flat.narrow(1, start, rows * after).view(-1, rows, after)
-                views.append(view.detach().requires_grad_())
-                start += rows * after
-        depth = 2 * (len(sizes) - 1)
-        self.trunk, rest = views[:depth], views[depth:]
-        self.heads = [rest[i : i + 2] for i in range(0, len(rest), 2)]
-        self.shared = sum(view[0].numel() for view in self.trunk)
-
-    def __call__(self, inputs: Tensor) -> list[Tensor]:
-        """`(R, n, outputs)` for each task, from `(R, n, d)` inputs."""
-        for weight, bias in zip(self.trunk[::2], self.trunk[1::2], strict=True):
-            inputs = torch.relu(torch.baddbmm(bias, inputs, weight))
-        return [torch.baddbmm(bias, inputs, weight) for weight, bias in self.heads]
-
-    def gradients(self, losses: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """`(R, K, n)` gradients of the trunk, and `(R, h)` of the heads, each from its own loss."""
-        rows, own = [], []
-        for place, (loss, head) in enumerate(zip(losses, self.heads, strict=True)):
-            keep = place + 1 < len(losses)
-            # The sum over the runs has the gradients of all of them.
-            found = torch.autograd.grad(loss.sum(), [*self.trunk, *head], retain_graph=keep)
-            flat = torch.cat([part.flatten(1) for part in found], 1)
-            rows.append(flat[:, : self.shared])
-            own.append(flat[:, self.shared :])
-        return torch.stack(rows, 1), torch.cat(own, 1)
-
-
-def losses_of(tasks: Sequence[Task], outputs: Sequence[Tensor], targets: Tensor) -> list[Tensor]:
-    """`(R,)` losses for each task: cross-entropy over the examples it is asked about, or mean square."""
-    found = []
-    for task, output, target in zip(tasks, outputs, targets.unbind(-1), strict=True):
-        if not task.classes:
-            found.append((output.squeeze(-1) - target).square().mean(1))
-            continue
-        classes = target.long()
-        loss = F.cross_entropy(
-            output.mT, classes, reduction="none", ignore_index=NOT_ASKED
-        )  # (R, n)
-        found.append(loss.sum(1) / (classes != NOT_ASKED).sum(1).clamp(min=1))
-    return found
-
-
-# -- training -------------------------------------------------------------------------------------
-
-
-class Trained(NamedTuple):
-    """R networks, the share of steps in which two gradients conflict, the usual imbalance, and seconds of a run.
-
-    The imbalance is the median of longest over shortest gradient norm.
-    """
-
-    networks: Networks
-    conflict: float
-    imbalance: float
-    seconds: float
-
-
-def batches(count: int, batch: int, steps: int, generators: Sequence[torch.Generator]) -> Tensor:
-    """`(R, steps or more, batch)` places of examples: epoch after epoch in random order, what remains left out."""
-    epoch = count // batch
-    orders = [
-        torch.stack([torch.randperm(count, generator=g)[: epoch * batch] for g in generators])
-        for _ in range(-(-steps // epoch))
-    ]
-    return torch.cat(orders, 1).unflatten(1, (-1, batch))
-
-
-def train(
-    problem: Problem,
-    entry: Entry,
-    trials: Sequence[Trial],
-    seeds: Sequence[int],
-    steps: int,
-    make_optimizer: Callable[[Tensor, Tensor], Optimizer] = Adam,
-) -> Trained:
-    """Some runs at once; seed for seed the same initial weights and batches for every method."""
-    begin = time.perf_counter()
-    examples = problem.train
-    device, count = examples.inputs.device, len(examples.inputs)
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    sizes = (examples.inputs.shape[1], *HIDDEN)
-    networks = Networks(sizes, problem.tasks, generators, device)
-    batch = min(problem.batch, count)
-    order = batches(count, batch, steps, generators).to(device)
-    rates = torch.tensor([trial.rate for trial in trials], device=device)
-    optimizer = make_optimizer(networks.flat, rates)
-    methods = instances(entry, trials, seeds)
-    gramians_seen = []
-    for step in range(steps):
-        chosen = order[:, step]
-        inputs, targets = examples.inputs[chosen], examples.targets[chosen]
-        losses = losses_of(problem.tasks, networks(inputs), targets)
-        rows, own = networks.gradients(losses)
-        gramians = rows.double() @ rows.double().mT
-        if step % WATCHED == 0:
-            gramians_seen.append(gramians)
-        values = torch.stack(losses, 1).detach().double()
-        update = torch.cat([combine(methods, rows, values, gramians), own], 1)
-        optimizer.step(networks.flat, update, 0.5 + 0.5 * math.cos(math.pi * step / steps))
-        for method in methods:
-            if isinstance(method, agsurgery.DWA) and (step + 1) % (count // batch) == 0:
-                method.end_epoch()
-        if isinstance(methods[0], agsurgery.FAMO):
-            with torch.no_grad():
-                after = losses_of(problem.tasks, networks(inputs), targets)
-            for method, improved in zip(methods, torch.stack(after, 1).double(), strict=True):
-                method.update(improved)
-    conflict, imbalance = conflicts(torch.cat(gramians_seen))
-    return Trained(networks, conflict, imbalance, (time.perf_counter() - begin) / len(seeds))
-
-
-def conflicts(gramians: Tensor) -> tuple[float, float]:
-    """Share of `(S, K, K)` Gramians with a negative entry, and median ratio of the longest norm to the shortest."""
-    negative = (gramians < 0).flatten(1).any(1).double().mean()
-    norms = gramians.diagonal(dim1=1, dim2=2).sqrt()
-    ratio = norms.amax(1) / norms.amin(1)
-    return float(negative), float(ratio.nanmedian())
-
-
 # -- judging --------------------------------------------------------------------------------------
-
-
-def metrics_of(problem: Problem, networks: Networks, examples: Examples) -> Tensor:
-    """`(R, K)` on the CPU: accuracy, or 1 - mean squared error over the variance of the target."""
-    runs = len(networks.flat)
-    with torch.no_grad():
-        outputs = networks(examples.inputs.expand(runs, -1, -1))
-    found = []
-    for task, output, target in zip(
-        problem.tasks, outputs, examples.targets.unbind(-1), strict=True
-    ):
-        if task.classes:
-            asked = target != NOT_ASKED
-            right = output.argmax(-1) == target
-            found.append(right[:, asked].double().mean(1))
-        else:
-            error = (output.squeeze(-1) - target).double().square().mean(1)
-            explained = 1 - error / target.double().var(correction=0)
-            found.append(torch.where(explained > FAILED, explained, FAILED))
-    return torch.stack(found, 1).cpu()
 
 
 def delta_m(metrics: Tensor, baseline: Tensor) -> Tensor:
@@ -455,27 +172,6 @@ def judge(problem: Problem, name: str, baseline: Baseline, effort: Effort) -> di
     }
 
 
-def p_value(differences: Sequence[float]) -> float:
-    """Of Student's t test, that paired differences have mean zero; 1 where all are zero."""
-    interval = Interval.of(differences)
-    reach = interval.high - interval.mean
-    if reach == 0:
-        return 1.0 if interval.mean == 0 else 0.0
-    freedom = len(differences) - 1
-    statistic = interval.mean / reach * float(stats.t.ppf(0.975, freedom))
-    return float(2 * stats.t.sf(abs(statistic), freedom))
-
-
-def holm(p_values: dict[str, float]) -> dict[str, float]:
-    """Adjusted p-values, by name: below `LEVEL` all are right at once with 95 % confidence (Holm, 1979)."""
-    adjusted, running = {}, 0.0
-    ordered = sorted(p_values, key=p_values.__getitem__)
-    for place, name in enumerate(ordered):
-        running = max(running, min(1.0, (len(ordered) - place) * p_values[name]))
-        adjusted[name] = running
-    return adjusted
-
-
 def lengths(methods: dict[str, Any]) -> dict[str, float] | None:
     """What the norm of the sum changes: delta_m of AGS minus that of PCGrad, seed by seed, with its p-value.
 
@@ -582,38 +278,6 @@ def answer(problems: dict[str, Any]) -> str:
     return f"Answer: {'. '.join(parts)}."
 
 
-def draw(problems: dict[str, Any], path: Path) -> None:
-    """The delta_m of every run as a dot, with the mean as a bar."""
-    figure = new_figure(7.5 * len(problems), 4.2)
-    panels = figure.subplots(1, len(problems), squeeze=False)[0]
-    for axes, found in zip(panels, problems.values(), strict=True):
-        methods = found["methods"].items()
-        changes = {name: method["delta_m_by_seed"] for name, method in methods}
-        dots(axes, changes, {name: method["delta_m"]["mean"] for name, method in methods})
-        axes.axhline(0, color="0.6", linewidth=1)
-        # Single methods that fail must not hide the differences between the others.
-        axes.set_yscale("symlog", linthresh=10)
-        axes.set(title=found["title"], ylabel="delta_m in %, lower is better")
-    save_svg(figure, path)
-
-
-class Progress:
-    """Lines on stderr: what is done, and about how long the rest takes."""
-
-    def __init__(self, total: int) -> None:
-        self.total, self.done, self.begin = total, 0, time.perf_counter()
-
-    def __call__(self, what: str) -> None:
-        """One more is done."""
-        self.done += 1
-        left = (time.perf_counter() - self.begin) / self.done * (self.total - self.done)
-        print(
-            f"{self.done}/{self.total}, about {left / 60:.0f} min left: {what}",
-            file=sys.stderr,
-            flush=True,
-        )
-
-
 def names_for(problem: Problem, names: Sequence[str]) -> list[str]:
     """The methods that work for so many tasks."""
     return [name for name in names if METHODS[name].least <= len(problem.tasks)]
@@ -621,8 +285,7 @@ def names_for(problem: Problem, names: Sequence[str]) -> list[str]:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark with command line arguments; returns what the JSON file holds."""
-    assert __doc__ is not None
-    parser = new_parser(__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(BUNDLED))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
@@ -636,8 +299,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS})")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"(default: {SEEDS})")
     options = parse(parser, arguments, steps=1, seeds=2)
-    device, threads = torch.device(options.device), torch.get_num_threads()
-    kind = OPTIMIZERS[options.optimizer]
+    device, kind = torch.device(options.device), OPTIMIZERS[options.optimizer]
     if options.rates:
         kind = kind._replace(rates=tuple(options.rates))
     effort = Effort(options.steps, options.seeds, kind)
@@ -649,11 +311,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         parser.error(str(error))
     todo = {key: names_for(problem, options.methods) for key, problem in loaded.items()}
     progress = Progress(sum(len(todo[key]) + len(loaded[key].tasks) for key in loaded))
-    torch.set_num_threads(1)
     problems: dict[str, Any] = {}
-    try:
-        record = environment(device, PACKAGES)
-        record["versions"]["agsurgery"] = agsurgery.__version__
+    with threads():
+        record = provenance(options, PACKAGES, __doc__)
         for key, problem in loaded.items():
             baseline = single_tasks(problem, effort, progress)
             methods: dict[str, Any] = {}
@@ -669,28 +329,19 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             }
             lines = [row(name, found, problem.tasks) for name, found in methods.items()]
             print("\n".join([problem.title, header(problem.tasks), *lines]), flush=True)
-    finally:
-        torch.set_num_threads(threads)
-    summary = answer(problems)
+    print(LEGEND)
     result = {
-        "question": __doc__.splitlines()[0],
-        "answer": summary,
-        "device": options.device,
+        "answer": answer(problems),
         "optimizer": options.optimizer,
         "steps": effort.steps,
         "seeds": effort.seeds,
         "trials": len(effort.kind.rates),
-        "tuning_seeds": effort.kind.tuning_seeds,
+        "tuning_seeds": kind.tuning_seeds,
         **record,
         "problems": problems,
     }
-    out = result_path(options, "multitask" if options.optimizer == "adam" else "multitask_sgd")
-    if out is not None:
-        write_json(out, result)
-        draw(problems, out.with_suffix(".svg"))
-    print(LEGEND)
-    print(summary)
-    return result
+    name = "multitask" if options.optimizer == "adam" else f"multitask_{options.optimizer}"
+    return finish(options, name, result, figure.draw)
 
 
 if __name__ == "__main__":

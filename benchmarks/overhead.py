@@ -4,18 +4,19 @@ Times the parts of `GradientSurgery.backward` with AGS from inside, on the toy m
 backward passes. What is left when all backward passes are taken away is Python and the launching of small
 operations: the price of looking at the graph in every step, of a solver in torch operations, and of a report.
 
+On a GPU whole steps are timed until their work is done; the parts are not, since waiting in each would change the step:
+they tell how long the processor takes to ask for the work.
+
     python -m benchmarks.overhead
 """
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,9 +28,10 @@ import agsurgery.passes
 import agsurgery.surgery
 from benchmarks._arms import ARMS, FLOOR, OURS
 from benchmarks._cases import CASES
-from benchmarks._measure import environment, write_json
+from benchmarks._cli import finish, new_parser, parse, provenance, threads
+from benchmarks._measure import waiter
+from benchmarks.figures import overhead as figure
 
-RESULTS = Path(__file__).resolve().parent / "results"
 TOYS = ("toy_2", "toy_8")
 WHOLE = "backward(losses)"
 
@@ -78,16 +80,18 @@ def timed(seconds: dict[str, float]) -> Iterator[None]:
             setattr(owner, attribute, originals[name])
 
 
-def profile(case: str, steps: int) -> dict[str, Any]:
+def profile(case: str, steps: int, device: torch.device) -> dict[str, Any]:
     """Median microseconds of each part of a step, and of a whole step with and without surgery."""
-    problem = CASES[case].build(torch.device("cpu"))
+    problem, wait = CASES[case].build(device), waiter(device)
     ours, floor = (ARMS[name](problem) for name in (OURS, FLOOR))
     samples: dict[str, list[float]] = defaultdict(list)
     for _ in range(steps):
         for name, arm in ((FLOOR, floor), (OURS, ours)):
             arm.step()
+            wait()
             start = time.perf_counter()
             arm.step()
+            wait()
             samples[name].append(time.perf_counter() - start)
         found: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         with timed(found):
@@ -122,32 +126,18 @@ def answer(cases: dict[str, dict[str, Any]]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark with command line arguments; returns what the JSON file holds."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=int, default=1000, help="of each model (default: 1000)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "overhead.json", help="JSON file")
-    options = parser.parse_args(arguments)
-    if options.steps < 1:
-        parser.error("--steps must be positive.")
-    record = environment(torch.device("cpu"), ("torch",))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        cases = {case: profile(case, options.steps) for case in TOYS}
-    finally:
-        torch.set_num_threads(threads)
-    summary = answer(cases)
-    result = {
-        "question": __doc__.splitlines()[0],
-        "answer": summary,
-        "steps": options.steps,
-        **record,
-        "microseconds": cases,
-    }
-    write_json(options.out, result)
+    options = parse(parser, arguments, steps=1)
+    if options.quick:
+        options.steps = 3
+    with threads():
+        record = provenance(options, ("torch",), __doc__)
+        device = torch.device(options.device)
+        cases = {case: profile(case, options.steps, device) for case in TOYS}
     print(table(cases))
-    print(summary)
-    return result
+    result = {"answer": answer(cases), "steps": options.steps, **record, "microseconds": cases}
+    return finish(options, "overhead", result, figure.draw)
 
 
 if __name__ == "__main__":

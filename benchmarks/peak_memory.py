@@ -9,20 +9,19 @@ each peer. Counted at torch's allocator: the same on every run, however busy the
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import agsurgery
 from benchmarks._arms import ARMS, OURS, PLAIN, ArmMaker, NotNeeded
 from benchmarks._cases import Problem, heads_case, mlp, transformer
-from benchmarks._measure import Step, environment, peak_bytes, write_json
+from benchmarks._cli import finish, new_parser, parse, provenance
+from benchmarks._measure import Step, peak_bytes
+from benchmarks.figures import peak_memory as figure
 
-RESULTS = Path(__file__).resolve().parent / "results"
+PACKAGES = ("torch", "torchjd", "pytorch_optimizer")
 TASKS = (2, 4, 8, 16)
 WIDTHS = (256, 512, 1024)
 DEEP = 12  # layers of one more transformer; the others have 4
@@ -110,40 +109,22 @@ def answer(cases: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark with command line arguments; returns what the JSON file holds."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--tasks", type=int, nargs="+", default=list(TASKS), help="K to try")
     parser.add_argument("--widths", type=int, nargs="+", default=list(WIDTHS), help="of the MLP")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--out", type=Path, help="default: benchmarks/results/peak_memory[-cuda].json"
-    )
-    options = parser.parse_args(arguments)
-    if min(*options.tasks, *options.widths) < 1:
-        parser.error("--tasks and --widths must be positive.")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use. Found none.")
+    options = parse(parser, arguments, tasks=1, widths=1)
     device = torch.device(options.device)
-    packages = ("torch", "torchjd", "pytorch_optimizer")
-    record = environment(device, packages)
-    record["versions"]["agsurgery"] = agsurgery.__version__
+    if options.quick:
+        options.tasks, options.widths = [2, 4], [64]
+    record = provenance(options, PACKAGES, __doc__)
     cases: dict[str, Any] = {}
     for name, problem in builders(options.tasks, options.widths, device).items():
         print(f"{problem[0]} ...", flush=True)  # takes minutes: the profiler sees every operation
         cases[name] = measure(*problem, device)
-    summary = answer(cases)
-    result = {
-        "question": __doc__.splitlines()[0],
-        "answer": summary,
-        "device": options.device,
-        **record,
-        "cases": cases,
-    }
-    suffix = "-cuda" if device.type == "cuda" else ""
-    write_json(options.out or RESULTS / f"peak_memory{suffix}.json", result)
     print(table(cases))
-    print(summary)
-    return result
+    return finish(
+        options, "peak_memory", {"answer": answer(cases), **record, "cases": cases}, figure.draw
+    )
 
 
 if __name__ == "__main__":

@@ -23,12 +23,9 @@ steps against `GradientSurgery`.
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -37,188 +34,19 @@ from torch import Tensor
 
 import agsurgery
 from agsurgery import ConflictMonitor, SurgeryReport
-from benchmarks._cli import new_parser, parse, result_path
+from benchmarks._cli import finish, new_parser, parse, provenance, threads
 from benchmarks._intervals import Interval
-from benchmarks._measure import environment, write_json
 from benchmarks._optimizers import Adam
-from benchmarks._plots import dots, new_figure, save_svg
+from benchmarks._pinn_equations import PROBLEMS, Problem
+from benchmarks._pinn_networks import initial, jet, values
+from benchmarks.figures import pinn as figure
 
 PACKAGES = ("torch", "numpy", "scipy", "matplotlib")
-VISCOSITY = 0.05 / math.pi
-WAVES = (1, 2)  # half periods of the Helmholtz solution on [0, 1]
-SIZES = (2, 20, 20, 20, 1)  # of the layers
-INSIDE, BORDER = 128, 64  # points of a step
 STEPS, SEEDS = 2000, 6
 RATES = (3e-3, 1e-2, 3e-2, 1e-1)
 TUNING_SEEDS = (1000, 1001)  # one alone chooses rates with which most runs fail
 FAILED = 10.0  # relative errors are cut off here: a network without any training has 1
 WATCHED = 20  # every n-th step goes to the monitor
-
-
-# -- network --------------------------------------------------------------------------------------
-
-
-class Jet(NamedTuple):
-    """R functions of two coordinates at n points each, with first and pure second derivatives, all `(R, n)`."""
-
-    value: Tensor
-    first: tuple[Tensor, Tensor]
-    second: tuple[Tensor, Tensor]
-
-
-def initial(generator: torch.Generator) -> Tensor:
-    """Parameters of one tanh network from two coordinates to one value, in a row: Xavier weights, zero biases."""
-    parts = []
-    for before, after in itertools.pairwise(SIZES):
-        spread = math.sqrt(2 / (before + after))
-        parts += [spread * torch.randn(before * after, generator=generator), torch.zeros(after)]
-    return torch.cat(parts)
-
-
-def layers(parameters: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """Weights `(R, before, after)` and biases `(R, 1, after)` of R networks, views of `(R, p)` parameters."""
-    found, start = [], 0
-    for before, after in itertools.pairwise(SIZES):
-        weight = parameters.narrow(1, start, before * after).view(-1, before, after)
-        bias = parameters.narrow(1, start + before * after, after).unsqueeze(1)
-        found.append((weight, bias))
-        start += (before + 1) * after
-    return found
-
-
-def values(parameters: Tensor, points: Tensor) -> Tensor:
-    """`(R, n)` values of R networks at `(R, n, 2)` points."""
-    *hidden, (weight, bias) = layers(parameters)
-    for inner, offset in hidden:
-        points = torch.tanh(torch.baddbmm(offset, points, inner))
-    return torch.baddbmm(bias, points, weight).squeeze(-1)
-
-
-def jet(parameters: Tensor, points: Tensor) -> Jet:
-    """The values with their derivatives, carried forward through the layers: one graph, one backward pass."""
-    units = torch.eye(2, dtype=points.dtype, device=points.device)
-    value, first = points, [unit.expand_as(points) for unit in units.unbind()]
-    second = [torch.zeros_like(points)] * 2
-    *hidden, last = layers(parameters)
-    for weight, bias in hidden:
-        moved = torch.cat([value, *first, *second], 1) @ weight
-        value, x, y, xx, yy = moved.chunk(5, 1)
-        value = torch.tanh(value + bias)
-        slope = 1 - value.square()
-        bend = -2 * value * slope
-        first = [slope * x, slope * y]
-        second = [slope * xx + bend * x.square(), slope * yy + bend * y.square()]
-    moved = (torch.cat([value, *first, *second], 1) @ last[0]).squeeze(-1)
-    value, x, y, xx, yy = moved.chunk(5, 1)
-    return Jet(value + last[1].squeeze(-1), (x, y), (xx, yy))
-
-
-# -- problems -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Problem:
-    """An equation on a box.
-
-    Attributes:
-        title: for the table.
-        low: lower corner.
-        high: upper corner.
-        residual: violation of the equation, from points and jet.
-        border: draws points at which the solution is given, for some steps, with its values.
-        reference: `(n,)` solution at `(n, 2)` points, float64.
-    """
-
-    title: str
-    low: tuple[float, float]
-    high: tuple[float, float]
-    residual: Callable[[Tensor, Jet], Tensor]
-    border: Callable[[int, torch.Generator], tuple[Tensor, Tensor]]
-    reference: Callable[[np.ndarray], np.ndarray]
-
-    def inside(self, steps: int, generator: torch.Generator) -> Tensor:
-        """`(steps, INSIDE, 2)` uniform points."""
-        low, high = torch.tensor(self.low), torch.tensor(self.high)
-        return low + (high - low) * torch.rand(steps, INSIDE, 2, generator=generator)
-
-    def grid(self, count: int = 101) -> np.ndarray:
-        """`(count * count, 2)` points to judge the error at."""
-        axes = [np.linspace(a, b, count) for a, b in zip(self.low, self.high, strict=True)]
-        return np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1).reshape(-1, 2)
-
-
-def burgers_reference(points: np.ndarray, nodes: int = 200) -> np.ndarray:
-    """Solution of Burgers at `(n, 2)` points x, t by the Cole-Hopf formula.
-
-    u = -int sin(pi y) f(y) e dz / int f(y) e dz, with y = x - 2 sqrt(nu t) z, f(y) = exp(-cos(pi y) / (2 pi nu)) and
-    e = exp(-z^2), the weight of Gauss-Hermite quadrature (Basdevant et al., 1986).
-    """
-    z, weights = np.polynomial.hermite.hermgauss(nodes)
-    x, t = points[:, :1], points[:, 1:]
-    y = x - 2 * np.sqrt(VISCOSITY * t) * z
-    exponent = -np.cos(np.pi * y) / (2 * np.pi * VISCOSITY)
-    with np.errstate(divide="ignore"):  # the outermost weights underflow
-        exponent = exponent + np.log(weights)
-    mass = np.exp(exponent - exponent.max(axis=1, keepdims=True))
-    found: np.ndarray = -(mass * np.sin(np.pi * y)).sum(1) / mass.sum(1)
-    return found
-
-
-def burgers_residual(points: Tensor, jet: Jet) -> Tensor:
-    """u_t + u u_x - nu u_xx."""
-    return jet.first[1] + jet.value * jet.first[0] - VISCOSITY * jet.second[0]
-
-
-def burgers_border(steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`(steps, BORDER, 2)` points with their values: half of them at t = 0, a quarter at each end."""
-    half = BORDER // 2
-    x = 2 * torch.rand(steps, half, generator=generator) - 1
-    t = torch.rand(steps, half, generator=generator)
-    zero = torch.zeros(steps, half)
-    ends = torch.where(torch.arange(half) % 2 == 0, -1.0, 1.0).expand(steps, half)
-    points = torch.cat([torch.stack([x, zero], -1), torch.stack([ends, t], -1)], 1)
-    return points, torch.cat([-torch.sin(math.pi * x), zero], 1)
-
-
-def helmholtz_reference(points: np.ndarray) -> np.ndarray:
-    """sin(pi x) sin(4 pi y)."""
-    found: np.ndarray = np.prod(np.sin(np.pi * np.array(WAVES) * points), axis=1)
-    return found
-
-
-def helmholtz_residual(points: Tensor, jet: Jet) -> Tensor:
-    """u_xx + u_yy + u - f."""
-    waves = math.pi * torch.tensor(WAVES, dtype=points.dtype, device=points.device)
-    solution = torch.sin(waves * points).prod(-1)
-    force = (1 - waves.square().sum()) * solution
-    return jet.second[0] + jet.second[1] + jet.value - force
-
-
-def helmholtz_border(steps: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """`(steps, BORDER, 2)` points, a quarter on each side, where the solution is zero."""
-    along = 2 * torch.rand(steps, BORDER, generator=generator) - 1
-    side = torch.arange(BORDER) % 4
-    fixed = torch.where(side % 2 == 0, -1.0, 1.0).expand(steps, BORDER)
-    vertical = side < 2
-    points = torch.stack(
-        [torch.where(vertical, fixed, along), torch.where(vertical, along, fixed)], -1
-    )
-    return points, torch.zeros(steps, BORDER)
-
-
-PROBLEMS = {
-    "burgers": Problem(
-        "Burgers", (-1.0, 0.0), (1.0, 1.0), burgers_residual, burgers_border, burgers_reference
-    ),
-    "helmholtz": Problem(
-        "Helmholtz",
-        (-1.0, -1.0),
-        (1.0, 1.0),
-        helmholtz_residual,
-        helmholtz_border,
-        helmholtz_reference,
-    ),
-}
 
 
 # -- methods --------------------------------------------------------------------------------------
@@ -432,67 +260,35 @@ def answer(problems: dict[str, Any]) -> str:
     return f"Answer: {'. '.join(parts)}."
 
 
-def draw(problems: dict[str, Any], path: Path) -> None:
-    """One dot for each run, a bar for each geometric mean."""
-    figure = new_figure(5.2 * len(problems), 3.6)
-    panels = figure.subplots(1, len(problems), squeeze=False)[0]
-    for axes, found in zip(panels, problems.values(), strict=True):
-        methods = found["methods"].items()
-        errors = {name: method["errors"] for name, method in methods}
-        dots(axes, errors, {name: method["error"]["mean"] for name, method in methods})
-        axes.set_yscale("log")
-        axes.set(title=found["title"], ylabel="relative L2 error")
-    save_svg(figure, path)
-
-
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark with command line arguments; returns what the JSON file holds."""
-    assert __doc__ is not None
-    parser = new_parser(__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(PROBLEMS))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--steps", type=int, default=STEPS, help=f"(default: {STEPS})")
     parser.add_argument("--seeds", type=int, default=SEEDS, help=f"(default: {SEEDS})")
     options = parse(parser, arguments, steps=1, seeds=2)
-    device, threads = torch.device(options.device), torch.get_num_threads()
     effort = Effort(options.steps, options.seeds, len(RATES))
     if options.quick:
         effort = Effort(4, 2, 2)
-    torch.set_num_threads(1)
     problems: dict[str, Any] = {}
-    try:
-        record = environment(device, PACKAGES)
-        record["versions"]["agsurgery"] = agsurgery.__version__
+    with threads():
+        record = provenance(options, PACKAGES, __doc__)
         for key in options.problems:
             problem = PROBLEMS[key]
             print(f"{problem.title}\n{HEADER}", flush=True)
             methods: dict[str, Any] = {}
             for name in options.methods:
-                methods[name] = judge(problem, name, effort, device)
+                methods[name] = judge(problem, name, effort, torch.device(options.device))
                 print(row(name, methods[name]), flush=True)
             compare(methods)
             problems[key] = {"title": problem.title, "methods": methods}
-    finally:
-        torch.set_num_threads(threads)
     for found in problems.values():
         print("\n".join(["", found["title"], HEADER]))
         print("\n".join(row(name, method) for name, method in found["methods"].items()))
-    summary = answer(problems)
-    result = {
-        "question": __doc__.splitlines()[0],
-        "answer": summary,
-        "device": options.device,
-        **effort._asdict(),
-        **record,
-        "problems": problems,
-    }
-    out = result_path(options, "pinn")
-    if out is not None:
-        write_json(out, result)
-        draw(problems, out.with_suffix(".svg"))
     print(LEGEND)
-    print(summary)
-    return result
+    result = {"answer": answer(problems), **effort._asdict(), **record, "problems": problems}
+    return finish(options, "pinn", result, figure.draw)
 
 
 if __name__ == "__main__":

@@ -10,10 +10,8 @@ taken and the one that fresh weights would have given on the same batch, the sha
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,9 +19,9 @@ from torch import Tensor, nn
 
 import agsurgery
 from agsurgery import GradientSurgery, UPGrad
-from benchmarks._measure import environment, write_json
+from benchmarks._cli import finish, new_parser, parse, provenance
+from benchmarks.figures import reuse as figure
 
-RESULTS = Path(__file__).resolve().parent / "results"
 EVERY = (1, 2, 5, 10, 50)
 TASKS, INPUTS, WIDTH, BATCH, LR = 4, 16, 12, 32, 0.02
 OPPOSED = -1e-6  # of the product of the lengths: below is more than rounding
@@ -39,13 +37,13 @@ class Regressions(nn.Module):
             nn.Linear(INPUTS, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 6), nn.Tanh()
         )
         self.heads = nn.ModuleList(nn.Linear(6, 1) for _ in range(TASKS))
-        self.teachers = torch.randn(TASKS, INPUTS, 3)
-        self.scales = torch.logspace(-0.5, 0.5, TASKS)
+        self.register_buffer("teachers", torch.randn(TASKS, INPUTS, 3))
+        self.register_buffer("scales", torch.logspace(-0.5, 0.5, TASKS))
         self.generator = torch.Generator().manual_seed(seed)
 
     def batch(self, size: int) -> Tensor:
-        """Inputs."""
-        return torch.randn(size, INPUTS, generator=self.generator)
+        """Inputs: the same on every device."""
+        return torch.randn(size, INPUTS, generator=self.generator).to(self.scales.device)
 
     def losses(self, x: Tensor) -> list[Tensor]:
         """One mean squared error for each head."""
@@ -60,9 +58,9 @@ def flat(parameters: Sequence[nn.Parameter]) -> Tensor:
     return torch.cat([p.grad.flatten() for p in parameters if p.grad is not None])
 
 
-def train(every: int, steps: int, seed: int) -> dict[str, float]:
+def train(every: int, steps: int, seed: int, device: torch.device) -> dict[str, float]:
     """One run."""
-    model = Regressions(seed)
+    model = Regressions(seed).to(device)
     trunk = list(model.trunk.parameters())
     optimizer = GradientSurgery(torch.optim.SGD(model.parameters(), lr=LR), UPGrad(), every=every)
     cosines, opposed, passes = [], [], []
@@ -90,9 +88,9 @@ def train(every: int, steps: int, seed: int) -> dict[str, float]:
     }
 
 
-def measure(steps: int, seeds: int) -> dict[str, Any]:
+def measure(steps: int, seeds: int, device: torch.device) -> dict[str, Any]:
     """Means over seeds, for each n."""
-    runs = {n: [train(n, steps, seed) for seed in range(seeds)] for n in EVERY}
+    runs = {n: [train(n, steps, seed, device) for seed in range(seeds)] for n in EVERY}
     rows: dict[str, Any] = {}
     for n, results in runs.items():
         row = {key: statistics.mean(r[key] for r in results) for key in results[0]}
@@ -130,29 +128,18 @@ def answer(rows: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark with command line arguments; returns what the JSON file holds."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--steps", type=int, default=400, help="of each run (default: 400)")
     parser.add_argument("--seeds", type=int, default=5, help="runs for each n (default: 5)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "reuse.json", help="JSON file")
-    options = parser.parse_args(arguments)
-    if min(options.steps, options.seeds) < 1:
-        parser.error("--steps and --seeds must be positive.")
-    record = environment(torch.device("cpu"), ("torch",))
-    rows = measure(options.steps, options.seeds)
-    summary = answer(rows)
-    result = {
-        "question": __doc__.splitlines()[0],
-        "answer": summary,
-        "steps": options.steps,
-        "seeds": options.seeds,
-        **record,
-        "rows": rows,
-    }
-    write_json(options.out, result)
+    options = parse(parser, arguments, steps=1, seeds=1)
+    if options.quick:
+        options.steps, options.seeds = 12, 1
+    record = provenance(options, ("torch",), __doc__)
+    rows = measure(options.steps, options.seeds, torch.device(options.device))
     print(table(rows))
-    print(summary)
-    return result
+    counts = {"steps": options.steps, "seeds": options.seeds}
+    result = {"answer": answer(rows), **counts, **record, "rows": rows}
+    return finish(options, "reuse", result, figure.draw)
 
 
 if __name__ == "__main__":

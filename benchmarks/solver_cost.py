@@ -7,21 +7,20 @@ update opposes some task by more than 0.01 in cosine.
 
 from __future__ import annotations
 
-import argparse
 import math
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import agsurgery
-from benchmarks._measure import Spread, environment, interleaved, write_json
+from benchmarks._cli import finish, new_parser, parse, provenance, threads
+from benchmarks._measure import Spread, interleaved, waiter
+from benchmarks.figures import solver_cost as figure
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "torchjd", "quadprog", "cvxpy", "clarabel", "scipy")
 SIZES = (2, 4, 8, 16, 32)
 COLUMNS = 64
@@ -240,9 +239,8 @@ def times(
         steps["peer"] = lambda: (peer(argument), None)[1]
     except Exception as error:
         reason = str(error)
-    synchronise = torch.cuda.synchronize if device.type == "cuda" else lambda: None
     samples = interleaved(
-        steps, rounds=rounds, block_seconds=block, warmup=2, synchronise=synchronise
+        steps, rounds=rounds, block_seconds=block, warmup=2, synchronise=waiter(device)
     )
     wall = {name: [1e6 * sample.wall for sample in found] for name, found in samples.items()}
     row: dict[str, Any] = {"ours_us": Spread.of(wall["ours"]).to_dict(1)}
@@ -364,58 +362,32 @@ def table(name: str, found: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Run the benchmark with command line arguments; returns what the JSON file holds."""
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = new_parser(__doc__)
     parser.add_argument("--methods", nargs="+", choices=PAIRS, help="default: all")
     parser.add_argument("--rounds", type=int, default=9, help="samples per time (default: 9)")
     parser.add_argument("--inputs", type=int, default=200, help="for the conflicts (default: 200)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="of our methods")
-    parser.add_argument("--out", type=Path, help="JSON file (default: in benchmarks/results)")
-    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # for the tests
-    options = parser.parse_args(arguments)
-    for option in ("rounds", "inputs"):
-        if getattr(options, option) < 1:
-            parser.error(f"--{option} must be at least 1. Got {getattr(options, option)}.")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use. Found none.")
-    device, threads = torch.device(options.device), torch.get_num_threads()
-    record = environment(device, PACKAGES)
-    record["versions"]["agsurgery"] = agsurgery.__version__
-    sizes = SIZES[:1] if options.quick else SIZES
-    rounds, block, inputs = (
-        (1, 0.001, 3) if options.quick else (options.rounds, 0.02, options.inputs)
-    )
+    options = parse(parser, arguments, rounds=1, inputs=1)
+    device = torch.device(options.device)
+    sizes, exact = (SIZES[:1], 1) if options.quick else (SIZES, 5)
+    rounds, block, inputs = options.rounds, 0.02, options.inputs
+    if options.quick:
+        rounds, block, inputs = 1, 0.001, 3
     methods: dict[str, Any] = {}
-    torch.set_num_threads(1)
-    try:
-        with torch.no_grad():
-            for name in options.methods or PAIRS:
-                pair = PAIRS[name]
-                methods[name] = {
-                    "promises_no_conflict": pair.promises,
-                    "time": {str(k): times(pair, k, device, rounds, block) for k in sizes},
-                    "error": errors(pair, 1 if options.quick else 5, device),
-                    "conflicts": conflicts(pair, inputs, device),
-                }
-                print(table(name, methods[name]), flush=True)
-    finally:
-        torch.set_num_threads(threads)
-    summary = answer(methods)
-    result = {
-        "question": __doc__.splitlines()[0],
-        "answer": summary,
-        "device": options.device,
-        "rounds": rounds,
-        "inputs": inputs,
-        **record,
-        "methods": methods,
-    }
-    suffix = "-cuda" if device.type == "cuda" else ""
-    if options.out or not options.quick:
-        write_json(options.out or RESULTS / f"solver_cost{suffix}.json", result)
+    with threads(), torch.no_grad():
+        record = provenance(options, PACKAGES, __doc__)
+        for name in options.methods or PAIRS:
+            pair = PAIRS[name]
+            methods[name] = {
+                "promises_no_conflict": pair.promises,
+                "time": {str(k): times(pair, k, device, rounds, block) for k in sizes},
+                "error": errors(pair, exact, device),
+                "conflicts": conflicts(pair, inputs, device),
+            }
+            print(table(name, methods[name]), flush=True)
     print("us: median of a call; error: largest distance of unit vectors; both ours / TorchJD's")
-    print(summary)
-    return result
+    counts = {"rounds": rounds, "inputs": inputs}
+    result = {"answer": answer(methods), **counts, **record, "methods": methods}
+    return finish(options, "solver_cost", result, figure.draw)
 
 
 if __name__ == "__main__":

@@ -18,14 +18,11 @@ Needs torchvision for the ResNet, torchjd and pytorch_optimizer for their arms; 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-import agsurgery
 from benchmarks._arms import (
     ARMS,
     FLOOR,
@@ -38,17 +35,10 @@ from benchmarks._arms import (
     plain_sum,
 )
 from benchmarks._cases import CASES, Case, Problem
-from benchmarks._measure import (
-    Sample,
-    Spread,
-    Step,
-    environment,
-    interleaved,
-    peak_bytes,
-    write_json,
-)
+from benchmarks._cli import finish, new_parser, parse, provenance, threads
+from benchmarks._measure import Sample, Spread, Step, interleaved, peak_bytes, waiter
+from benchmarks.figures import step_cost as figure
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PACKAGES = ("torch", "torchvision", "torchjd", "pytorch_optimizer", "quadprog", "numpy")
 BLOCK_SECONDS, WARMUP = 0.1, 2
 QUICK_CASES = ("toy_2", "toy_8")
@@ -60,7 +50,6 @@ def measure(case: Case, device: torch.device, rounds: int, block_seconds: float)
     Raises:
         ImportError: the case needs a package that is not installed.
     """
-    synchronise: Callable[[], None] = torch.cuda.synchronize if device.type == "cuda" else _nothing
     problem = case.build(device)
     arms: dict[str, Arm] = {}
     skipped: dict[str, str] = {}
@@ -76,7 +65,7 @@ def measure(case: Case, device: torch.device, rounds: int, block_seconds: float)
         rounds=rounds,
         block_seconds=block_seconds,
         warmup=WARMUP,
-        synchronise=synchronise,
+        synchronise=waiter(device),
     )
     peaks = {name: peak_bytes(_stepper(ARMS[name], problem), device=device) for name in arms}
     return {
@@ -91,10 +80,6 @@ def measure(case: Case, device: torch.device, rounds: int, block_seconds: float)
 
 def _stepper(make: ArmMaker, problem: Problem) -> Callable[[], Step]:
     return lambda: make(problem).step
-
-
-def _nothing() -> None:
-    pass
 
 
 def _summary(
@@ -180,70 +165,30 @@ def answer(cases: dict[str, Any]) -> str:
     return sentence + "."
 
 
-def _arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
-    assert __doc__ is not None
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Run the benchmark with command line arguments; returns what the JSON file holds."""
+    parser = new_parser(__doc__)
     parser.add_argument("--cases", nargs="+", choices=CASES, help="default: all")
     parser.add_argument("--rounds", type=int, default=15, help="samples per arm (default: 15)")
     parser.add_argument("--threads", type=int, default=1, help="CPU threads of torch (default: 1)")
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument(
-        "--out", type=Path, help="JSON file (default: benchmarks/results/step_cost[-cuda].json)"
-    )
-    parser.add_argument("--quick", action="store_true", help=argparse.SUPPRESS)  # for the tests
-    options = parser.parse_args(arguments)
-    for name in ("rounds", "threads"):
-        if getattr(options, name) < 1:
-            parser.error(f"--{name} must be at least 1. Got {getattr(options, name)}.")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        parser.error("--device cuda needs a GPU that torch can use. Found none.")
-    return options
-
-
-def run(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure the chosen cases, print table and answer, write the file."""
+    options = parse(parser, arguments, rounds=1, threads=1)
     device = torch.device(options.device)
     names = options.cases or (QUICK_CASES if options.quick else tuple(CASES))
     rounds, block_seconds = (1, 0.005) if options.quick else (options.rounds, BLOCK_SECONDS)
-    record = environment(device, PACKAGES)  # before anything runs: the load is that of others
-    record["versions"]["agsurgery"] = agsurgery.__version__
     cases: dict[str, Any] = {}
-    for name in names:
-        try:
-            cases[name] = measure(CASES[name], device, rounds, block_seconds)
-        except ImportError as error:
-            print(f"{CASES[name].title}\n  left out: {error}\n")
-            continue
-        print(table(cases[name]) + "\n", flush=True)
-    summary = answer(cases)
-    result = {
-        "question": (__doc__ or "").splitlines()[0],
-        "answer": summary,
-        "device": options.device,
-        "rounds": rounds,
-        "block_seconds": block_seconds,
-        **record,
-        "cases": cases,
-    }
-    out = options.out or RESULTS / f"step_cost{'-cuda' if device.type == 'cuda' else ''}.json"
-    if options.out or not options.quick:
-        write_json(out, result)
-    print(
-        "ms: median step; ratios: medians over the rounds; memory: peak of live tensors, / plain sum"
-    )
-    print(summary)
-    return result
-
-
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
-    """Run the benchmark with command line arguments; returns what the JSON file holds."""
-    options = _arguments(arguments)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(options.threads)
-    try:
-        return run(options)
-    finally:
-        torch.set_num_threads(threads)
+    with threads(options.threads):
+        record = provenance(options, PACKAGES, __doc__)
+        for name in names:
+            try:
+                cases[name] = measure(CASES[name], device, rounds, block_seconds)
+            except ImportError as error:
+                print(f"{CASES[name].title}\n  left out: {error}\n")
+                continue
+            print(table(cases[name]) + "\n", flush=True)
+    print(LEGEND)
+    counts = {"rounds": rounds, "block_seconds": block_seconds}
+    result = {"answer": answer(cases), **counts, **record, "cases": cases}
+    return finish(options, "step_cost", result, figure.draw)
 
 
 if __name__ == "__main__":

@@ -13,8 +13,10 @@ from scipy import optimize
 from torch import Tensor, nn
 
 from agsurgery import GradientSurgery
-from benchmarks import landscape
-from benchmarks.landscape import METHODS, Pair
+from benchmarks import _landscape_quadratics, _landscape_toy, landscape
+from benchmarks._landscape_quadratics import Pair
+from benchmarks.figures import landscape as figure
+from benchmarks.landscape import METHODS
 
 CPU = torch.device("cpu")
 EVERY = pytest.mark.parametrize("name", METHODS)
@@ -35,12 +37,12 @@ def somewhere(count: int = 200) -> Tensor:
     points = 20 * torch.rand(count, 2, dtype=torch.float64) - 10
     # In the valley itself, under the floor of the logarithm; and the starts, one of them at y = 0.
     valley = torch.tensor([[-7 + 2 * math.tanh(5.0), 5.0]], dtype=torch.float64)
-    return torch.cat([points, valley, torch.tensor(landscape.STARTS, dtype=torch.float64)])
+    return torch.cat([points, valley, torch.tensor(_landscape_toy.STARTS, dtype=torch.float64)])
 
 
 def test_landscape_is_that_of_the_papers():
     points = somewhere().requires_grad_()
-    both = landscape.toy(points.detach())
+    both = _landscape_toy.toy(points.detach())
     for i, loss in enumerate(losses_by_the_papers(points)):
         torch.testing.assert_close(both.values[:, i], loss.detach())
         (gradient,) = torch.autograd.grad(loss.sum(), points, retain_graph=True)
@@ -49,27 +51,27 @@ def test_landscape_is_that_of_the_papers():
 
 def test_gradients_of_the_landscape_are_those_of_finite_differences():
     points = 20 * torch.rand(100, 2, dtype=torch.float64) - 10
-    gradients = landscape.toy(points).gradients
+    gradients = _landscape_toy.toy(points).gradients
     for axis, unit in enumerate(torch.eye(2, dtype=torch.float64) * 1e-7):
-        change = landscape.toy(points + unit).values - landscape.toy(points - unit).values
+        change = _landscape_toy.toy(points + unit).values - _landscape_toy.toy(points - unit).values
         torch.testing.assert_close(gradients[..., axis], change / 2e-7, rtol=1e-4, atol=1e-4)
 
 
 def test_no_point_of_a_fine_grid_dominates_the_pareto_set():
     axis = torch.linspace(-12, 12, 801, dtype=torch.float64)
     grid = torch.stack(torch.meshgrid(axis, axis, indexing="ij"), -1).view(-1, 2)
-    values = landscape.toy(grid).values
-    for point in landscape.toy(torch.from_numpy(landscape.toy_pareto_set(41))).values:
+    values = _landscape_toy.toy(grid).values
+    for point in _landscape_toy.toy(torch.from_numpy(_landscape_toy.toy_pareto_set(41))).values:
         assert not (values < point - 1e-9).all(1).any()
     # And the grid gets near: it would dominate what lies beside the set.
     beside = torch.tensor([[0.0, -8.0], [0.0, -9.0], [8.0, -8.4], [-8.0, -8.4], [3.0, 5.0]])
-    for point in landscape.toy(beside.double()).values:
+    for point in _landscape_toy.toy(beside.double()).values:
         assert (values < point).all(1).any()
 
 
 def test_points_of_the_pareto_set_are_stationary_for_some_weights():
-    points = torch.from_numpy(landscape.toy_pareto_set(21))
-    first, second = landscape.toy(points).gradients.unbind(1)
+    points = torch.from_numpy(_landscape_toy.toy_pareto_set(21))
+    first, second = _landscape_toy.toy(points).gradients.unbind(1)
     cosine = torch.nn.functional.cosine_similarity(first, second)
     torch.testing.assert_close(cosine[1:-1], -torch.ones(19, dtype=torch.float64))
 
@@ -77,13 +79,13 @@ def test_points_of_the_pareto_set_are_stationary_for_some_weights():
 def test_distance_to_a_curve_is_that_to_its_nearest_segment():
     curve = np.array([[0.0, 0.0], [2.0, 0.0], [2.0, 2.0]])
     for point, expected in (((1, 1), 1), ((-3, 4), 5), ((3, 1.5), 1), ((2, 5), 3)):
-        assert landscape.distance_to_curve(np.array(point), curve) == pytest.approx(expected)
+        assert _landscape_toy.distance_to_curve(np.array(point), curve) == pytest.approx(expected)
 
 
 # -- quadratics ---------------------------------------------------------------------------------------
 
 
-@pytest.fixture(params=landscape.LARGER)
+@pytest.fixture(params=_landscape_quadratics.LARGER)
 def pair(request) -> Pair:
     return Pair.draw(0, request.param)
 
@@ -94,9 +96,9 @@ def values_of(pair: Pair, point: np.ndarray) -> np.ndarray:
 
 
 def test_gradients_of_a_pair_are_those_of_finite_differences(pair):
-    point = landscape.start_of(pair)
-    for axis in range(landscape.DIMENSIONS):
-        unit = 1e-5 * np.eye(landscape.DIMENSIONS)[axis]
+    point = _landscape_quadratics.start_of(pair)
+    for axis in range(_landscape_quadratics.DIMENSIONS):
+        unit = 1e-5 * np.eye(_landscape_quadratics.DIMENSIONS)[axis]
         change = (values_of(pair, point + unit) - values_of(pair, point - unit)) / 2e-5
         np.testing.assert_allclose(pair.gradients(point)[:, axis], change, rtol=1e-6)
 
@@ -106,25 +108,29 @@ def test_pareto_points_are_minima_found_by_another_solver(pair, share):
     def weighted(point: np.ndarray) -> float:
         return float(np.array([share, 1 - share]) @ values_of(pair, point))
 
-    found = optimize.minimize(weighted, np.zeros(landscape.DIMENSIONS), method="BFGS", tol=1e-12)
+    found = optimize.minimize(
+        weighted, np.zeros(_landscape_quadratics.DIMENSIONS), method="BFGS", tol=1e-12
+    )
     np.testing.assert_allclose(pair.best(share), found.x, atol=1e-5)
     assert pair.distance(pair.best(share)) < 1e-6
 
 
 def test_distance_to_the_pareto_set_is_the_least_over_many_weights(pair):
-    point = landscape.start_of(pair)
+    point = _landscape_quadratics.start_of(pair)
     shares = 1 / (1 + np.exp(-np.linspace(-14, 14, 20_001)))
     least = min(float(np.linalg.norm(pair.best(s) - point)) for s in shares)
     assert pair.distance(point) == pytest.approx(least, rel=1e-6)
 
 
-@pytest.mark.parametrize("name", landscape.FLOWS)
+@pytest.mark.parametrize("name", _landscape_quadratics.FLOWS)
 def test_formulas_for_two_vectors_are_those_of_the_methods(name):
     draw = np.random.default_rng(1)
     for _ in range(50):
         rows = draw.normal(size=(2, 3)) * 10.0 ** draw.uniform(-1, 1, size=(2, 1))
         found = landscape.updates(METHODS[name](), torch.from_numpy(rows)).numpy()
-        np.testing.assert_allclose(landscape.FLOWS[name](*rows), found, rtol=1e-6, atol=1e-9)
+        np.testing.assert_allclose(
+            _landscape_quadratics.FLOWS[name](*rows), found, rtol=1e-6, atol=1e-9
+        )
 
 
 @pytest.mark.parametrize("name", ["AGS", "PCGrad", "CAGrad", "Sum", "MGDA", "ConFIG", "DualProj"])
@@ -132,7 +138,7 @@ def test_steps_end_where_they_must(name):
     ends = landscape.measure_quadratics(name, 1.0, 3000, CPU)
     assert ends["to_predicted"] is not None
     assert ends["to_predicted"] < 2e-3
-    assert (ends["to_sum"] < 1e-3) == (name in landscape.OF_THE_SUM)
+    assert (ends["to_sum"] < 1e-3) == (name in _landscape_quadratics.OF_THE_SUM)
 
 
 # -- running --------------------------------------------------------------------------------------------
@@ -141,7 +147,7 @@ def test_steps_end_where_they_must(name):
 @EVERY
 def test_steps_are_those_of_the_wrapper(name):
     found = landscape.measure_toy(name, 5, 1, CPU)["path"][-1]
-    points = [nn.Parameter(torch.tensor(s, dtype=torch.float64)) for s in landscape.STARTS]
+    points = [nn.Parameter(torch.tensor(s, dtype=torch.float64)) for s in _landscape_toy.STARTS]
     adam = torch.optim.Adam(points, lr=landscape.RATE)
     optimizer = GradientSurgery(adam, METHODS[name](), granularity=[[p] for p in points])
     for _ in range(5):
@@ -152,7 +158,7 @@ def test_steps_are_those_of_the_wrapper(name):
     torch.testing.assert_close(
         torch.tensor(found, dtype=torch.float64), torch.stack(points).detach(), rtol=0, atol=1e-3
     )
-    start = torch.tensor(landscape.STARTS, dtype=torch.float64)
+    start = torch.tensor(_landscape_toy.STARTS, dtype=torch.float64)
     assert (torch.stack(points).detach() - start).abs().max() > 4e-3
 
 
@@ -177,11 +183,11 @@ def test_quick_run_answers_in_its_last_line_and_says_where_it_comes_from(quick_r
 
 def test_quick_run_has_hardly_moved(quick_run):
     result, _, _ = quick_run
-    curve = landscape.toy_pareto_set()
+    curve = _landscape_toy.toy_pareto_set()
     for found in result["methods"].values():
         ends = np.array(found["landscape"]["ends"])
-        assert np.abs(ends - np.array(landscape.STARTS)).max() < 0.05
-        distances = [landscape.distance_to_curve(end, curve) for end in ends]
+        assert np.abs(ends - np.array(_landscape_toy.STARTS)).max() < 0.05
+        distances = [_landscape_toy.distance_to_curve(end, curve) for end in ends]
         assert found["landscape"]["distance"] == pytest.approx(distances, rel=1e-3, abs=1e-3)
         assert found["landscape"]["reached"] == 0
 
@@ -189,5 +195,5 @@ def test_quick_run_has_hardly_moved(quick_run):
 def test_figures_are_the_same_file_for_the_same_numbers(tmp_path):
     found = {"landscape": landscape.measure_toy("Sum", 3, 2, CPU)}
     for name in ("a", "b"):
-        landscape.draw({"Sum": found}, tmp_path / f"{name}.svg")
+        figure.draw({"Sum": found}, tmp_path / f"{name}.svg")
     assert (tmp_path / "a.svg").read_bytes() == (tmp_path / "b.svg").read_bytes()

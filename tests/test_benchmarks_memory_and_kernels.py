@@ -58,7 +58,7 @@ def test_the_error_is_measured_on_the_cosines():
 def test_sizes_that_are_not_positive_are_refused(script, capsys):
     with pytest.raises(SystemExit):
         script.main(["--tasks", "0"])
-    assert "must be positive" in capsys.readouterr().err
+    assert "--tasks must be at least 1. Got 0." in capsys.readouterr().err
 
 
 def test_reused_weights_are_compared_with_fresh_ones(tmp_path, capsys):

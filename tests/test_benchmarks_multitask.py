@@ -21,10 +21,13 @@ from torch.nn import functional as F
 
 import agsurgery
 from agsurgery import GradientSurgery
+from benchmarks import _intervals, multitask
 from benchmarks import _multitask_data as data
-from benchmarks import multitask
+from benchmarks import _multitask_methods as methods_of
+from benchmarks import _multitask_networks as networks_of
+from benchmarks import _multitask_training as training
 from benchmarks._multitask_data import Examples, Problem, Task
-from benchmarks.multitask import METHODS, Trial
+from benchmarks._multitask_methods import METHODS, Trial
 from examples.torchvision_import import import_torchvision
 
 CPU = torch.device("cpu")
@@ -48,7 +51,7 @@ def toy(examples: int = 40) -> Problem:
 # -- steps ----------------------------------------------------------------------------------------------
 
 
-def modules_of(networks: multitask.Networks, run: int, tasks: int) -> tuple[nn.Module, list]:
+def modules_of(networks: networks_of.Networks, run: int, tasks: int) -> tuple[nn.Module, list]:
     """One of the networks, as torch has it."""
     pairs = [*zip(networks.trunk[::2], networks.trunk[1::2], strict=True), *networks.heads]
     linears = []
@@ -77,13 +80,13 @@ def test_steps_are_those_of_the_wrapper(name, kind, theirs, off, moved):
     problem, entry, seeds, steps = toy(), METHODS[name], [3, 4], 12
     weights = [None, None] if name != "weighted sum" else list(problem.weightings)
     trials = [Trial(1e-2, weights[0]), Trial(5e-3, weights[1])]
-    make = multitask.OPTIMIZERS[kind].make
-    trained = multitask.train(problem, entry, trials, seeds, steps, make).networks
+    make = training.OPTIMIZERS[kind].make
+    trained = training.train(problem, entry, trials, seeds, steps, make).networks
     for run, (trial, seed) in enumerate(zip(trials, seeds, strict=True)):
         source = torch.Generator().manual_seed(seed)
-        start = multitask.Networks((5, *multitask.HIDDEN), problem.tasks, [source], CPU)
+        start = networks_of.Networks((5, *training.HIDDEN), problem.tasks, [source], CPU)
         trunk, heads = modules_of(start, 0, 3)
-        [method] = multitask.instances(entry, [trial], [seed])
+        [method] = methods_of.instances(entry, [trial], [seed])
         parameters = [p for module in (trunk, *heads) for p in module.parameters()]
         inner = theirs(parameters, lr=trial.rate)
         optimizer = GradientSurgery(inner, method, heads="own")
@@ -277,8 +280,8 @@ def test_delta_m_refuses_a_single_task_that_is_worth_nothing():
 def test_metrics_are_those_of_scikit_learn():
     problem = toy()
     generators = [torch.Generator().manual_seed(seed) for seed in (0, 1)]
-    networks = multitask.Networks((5, *multitask.HIDDEN), problem.tasks, generators, CPU)
-    found = multitask.metrics_of(problem, networks, problem.test)
+    networks = networks_of.Networks((5, *training.HIDDEN), problem.tasks, generators, CPU)
+    found = networks_of.metrics_of(problem, networks, problem.test)
     assert found.shape == (2, 3)
     inputs, targets = problem.test.inputs, problem.test.targets.numpy()
     for run in range(2):
@@ -290,7 +293,7 @@ def test_metrics_are_those_of_scikit_learn():
             [
                 accuracy_score(targets[:, 0], a.argmax(1)),
                 accuracy_score(targets[asked, 1], b.argmax(1)[asked]),
-                max(multitask.FAILED, r2_score(targets[:, 2], c[:, 0])),
+                max(networks_of.FAILED, r2_score(targets[:, 2], c[:, 0])),
             ],
             abs=1e-5,
         )
@@ -299,33 +302,35 @@ def test_metrics_are_those_of_scikit_learn():
 @pytest.mark.parametrize("value", [1e6, math.nan])
 def test_a_failed_regression_counts_as_much_as_any_other(value):
     problem = toy().only(2)
-    networks = multitask.Networks((5, 2), problem.tasks, [torch.Generator()], CPU)
+    networks = networks_of.Networks((5, 2), problem.tasks, [torch.Generator()], CPU)
     networks.flat[:, -1] = value
-    assert multitask.metrics_of(problem, networks, problem.test).tolist() == [[multitask.FAILED]]
+    assert networks_of.metrics_of(problem, networks, problem.test).tolist() == [
+        [networks_of.FAILED]
+    ]
 
 
 def test_p_values_are_those_of_scipy_and_corrected_by_hand():
     values = [0.3, -0.1, 0.5, 0.4]
     expected = stats.ttest_1samp(values, 0).pvalue
-    assert multitask.p_value(values) == pytest.approx(expected)
-    assert multitask.p_value([0.0, 0.0]) == 1
-    assert multitask.p_value([1.0, 1.0]) == 0
+    assert _intervals.p_value(values) == pytest.approx(expected)
+    assert _intervals.p_value([0.0, 0.0]) == 1
+    assert _intervals.p_value([1.0, 1.0]) == 0
     # smallest times 3; the next times 2; the largest not below the one before it
-    adjusted = multitask.holm({"a": 0.01, "b": 0.04, "c": 0.03})
+    adjusted = _intervals.holm({"a": 0.01, "b": 0.04, "c": 0.03})
     assert adjusted == pytest.approx({"a": 0.03, "c": 0.06, "b": 0.06})
-    assert multitask.holm({"a": 0.7, "b": 0.8}) == pytest.approx({"a": 1.0, "b": 1.0})
+    assert _intervals.holm({"a": 0.7, "b": 0.8}) == pytest.approx({"a": 1.0, "b": 1.0})
 
 
 def test_conflicts_are_counted_over_gramians():
     gramians = torch.tensor([[[1.0, -0.1], [-0.1, 4.0]], [[1.0, 0.1], [0.1, 9.0]]])
-    assert multitask.conflicts(gramians) == (0.5, 2.0)  # torch's median is the lower one
+    assert training.conflicts(gramians) == (0.5, 2.0)  # torch's median is the lower one
 
 
 # -- choices --------------------------------------------------------------------------------------------
 
 
 def judged(problem: Problem, name: str = "Sum") -> dict:
-    kind = multitask.OPTIMIZERS["adam"]._replace(rates=multitask.RATES[:4])
+    kind = training.OPTIMIZERS["adam"]._replace(rates=training.RATES[:4])
     effort = multitask.Effort(15, 2, kind)
     baseline = multitask.single_tasks(problem, effort, lambda what: None)
     return {"single": baseline.record, "method": multitask.judge(problem, name, baseline, effort)}
@@ -358,15 +363,19 @@ def test_the_best_trial_is_chosen(name):
 
 def test_every_method_has_as_many_trials():
     for problem in (data.overlaid_digits(), data.four_questions(), toy()):
-        found = {name: multitask.trials_of(name, problem) for name in METHODS}
-        assert {len(trials) for trials in found.values()} == {len(multitask.RATES)}
+        found = {name: methods_of.trials_of(name, problem, training.RATES) for name in METHODS}
+        assert {len(trials) for trials in found.values()} == {len(training.RATES)}
         assert {trial.weights for trial in found["weighted sum"]} == set(problem.weightings)
-    assert {t.rate for t in multitask.trials_of("weighted sum", toy())} == {1e-2, 2e-2, 4e-2}
+    assert {t.rate for t in methods_of.trials_of("weighted sum", toy(), training.RATES)} == {
+        1e-2,
+        2e-2,
+        4e-2,
+    }
 
 
 def test_with_one_rate_all_methods_have_that():
     for name in ("AGS", "weighted sum"):
-        trials = multitask.trials_of(name, toy(), [0.1])
+        trials = methods_of.trials_of(name, toy(), [0.1])
         assert {trial.rate for trial in trials} == {0.1}
 
 
@@ -386,9 +395,9 @@ def test_runs_at_once_draw_on_their_own(name):
     """With draws in common the seeds would not be independent, and the intervals too narrow."""
     one = torch.tensor([[1.0, -1.0, 0.2], [-1.0, 1.5, 0.3], [0.1, -2.0, -1.0]], dtype=torch.float64)
     rows = torch.stack([one, one])
-    methods = multitask.instances(METHODS[name], [Trial(1e-2)] * 2, [0, 1])
+    methods = methods_of.instances(METHODS[name], [Trial(1e-2)] * 2, [0, 1])
     losses = torch.ones(2, 3, dtype=torch.float64)
-    drawn = [multitask.combine(methods, rows, losses, rows @ rows.mT) for _ in range(20)]
+    drawn = [methods_of.combine(methods, rows, losses, rows @ rows.mT) for _ in range(20)]
     assert not all(torch.equal(*both) for both in drawn)
 
 
@@ -452,8 +461,8 @@ def test_quick_run_takes_delta_m_from_the_metrics(quick_run):
 
 def test_training_improves_on_chance_and_repeats_itself():
     problem, entry = data.overlaid_digits(), METHODS["Sum"]
-    runs = [multitask.train(problem, entry, [Trial(1e-2)], [0], 120) for _ in range(2)]
-    found = [multitask.metrics_of(problem, run.networks, problem.test) for run in runs]
+    runs = [training.train(problem, entry, [Trial(1e-2)], [0], 120) for _ in range(2)]
+    found = [networks_of.metrics_of(problem, run.networks, problem.test) for run in runs]
     assert torch.equal(*found)
     assert found[0].min() > 0.3
     assert 0 < runs[0].conflict < 1

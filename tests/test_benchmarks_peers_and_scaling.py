@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import _traps, against_peers, scaling
+from benchmarks import _scaling_cells, _scaling_fits, _traps, against_peers, scaling
 from benchmarks._scaling_model import (
     OF_SURGERY,
     Fit,
@@ -22,6 +22,7 @@ from benchmarks._scaling_model import (
     predict_step,
 )
 from benchmarks._traps import Missing, Trap
+from benchmarks.figures import scaling as figure
 
 CPU = torch.device("cpu")
 ROWS = torch.tensor([[1.0, 0.0], [-1.0, 1.0]], dtype=torch.float64)
@@ -218,19 +219,19 @@ def test_predictions_follow_their_assumptions():
 
 
 def test_held_out_cells_lie_between_and_beyond_the_fitted_ones():
-    parts = [[scaling.part_of(k, n, (2, 4), (10, 20)) for n in (10, 20, 90)] for k in (2, 4)]
+    parts = [[_scaling_fits.part_of(k, n, (2, 4), (10, 20)) for n in (10, 20, 90)] for k in (2, 4)]
     assert parts == [["fit", "between", "beyond"], ["between", "fit", "beyond"]]
 
 
 def test_what_does_not_fit_in_memory_is_skipped_and_said(monkeypatch):
-    monkeypatch.setattr(scaling, "LIMIT", 4 * 1000 * 7)
-    cells, skipped = scaling.rank_cells((1, 2), (2, 8), (1000,))
+    monkeypatch.setattr(_scaling_fits, "LIMIT", 4 * 1000 * 7)
+    cells, skipped = _scaling_fits.rank_cells((1, 2), (2, 8), (1000,))
     assert [(c["ranks"], c["tasks"]) for c in cells] == [(1, 2)]
     assert len(skipped) == 3
 
 
 def test_added_operations_grow_with_the_tasks():
-    few, many = scaling.operations(2), scaling.operations(8)
+    few, many = _scaling_cells.operations(2), _scaling_cells.operations(8)
     assert 0 < few.base < many.base < 1000
     assert 0 <= few.per_tensor <= 4
 
@@ -267,7 +268,7 @@ def test_processes_send_what_the_documentation_says(scaled):
 
 def test_figures_are_the_same_file_for_the_same_numbers(scaled, tmp_path):
     result, _, out = scaled
-    scaling.draw(result, tmp_path / "again.svg")
+    figure.draw(result, tmp_path / "again.svg")
     assert (tmp_path / "again.svg").read_bytes() == out.with_suffix(".svg").read_bytes()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from agsurgery import GradientSurgery
-from benchmarks import pinn
+from benchmarks import _pinn_equations, _pinn_networks, pinn
 from benchmarks._intervals import Interval
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 def parameters_of(*seeds: int) -> torch.Tensor:
     """Networks with biases, so that these count too."""
-    rows = torch.stack([pinn.initial(generator(seed)) for seed in seeds]).double()
+    rows = torch.stack([_pinn_networks.initial(generator(seed)) for seed in seeds]).double()
     return rows + 0.1 * torch.randn(rows.shape, generator=generator(9), dtype=torch.float64)
 
 
@@ -34,7 +34,7 @@ def test_network_is_the_usual_one():
     points = torch.randn(2, 7, 2, dtype=torch.float64)
     for run in range(2):
         modules: list[nn.Module] = []
-        for weight, bias in pinn.layers(parameters):
+        for weight, bias in _pinn_networks.layers(parameters):
             linear = nn.Linear(*weight.shape[1:]).double()
             linear.weight.data, linear.bias.data = weight[run].T, bias[run, 0]
             modules += [linear, nn.Tanh()]
@@ -45,9 +45,14 @@ def test_network_is_the_usual_one():
 
 
 def test_initial_weights_are_those_of_xavier():
-    weight = torch.stack([pinn.layers(pinn.initial(generator(i))[None])[1][0] for i in range(50)])
+    weight = torch.stack(
+        [_pinn_networks.layers(_pinn_networks.initial(generator(i))[None])[1][0] for i in range(50)]
+    )
     assert weight.std().item() == pytest.approx(math.sqrt(2 / 40), rel=0.02)
-    assert all((bias == 0).all() for _, bias in pinn.layers(pinn.initial(generator())[None]))
+    assert all(
+        (bias == 0).all()
+        for _, bias in _pinn_networks.layers(_pinn_networks.initial(generator())[None])
+    )
 
 
 def test_jet_carries_the_derivatives_that_autograd_finds():
@@ -59,8 +64,8 @@ def test_jet_carries_the_derivatives_that_autograd_finds():
         torch.autograd.grad(part.sum(), points, retain_graph=True)[0].select(-1, i)
         for i, part in enumerate(first)
     ]
-    expected = pinn.Jet(value, (first[0], first[1]), (second[0], second[1]))
-    torch.testing.assert_close(pinn.jet(parameters, points), expected)
+    expected = _pinn_networks.Jet(value, (first[0], first[1]), (second[0], second[1]))
+    torch.testing.assert_close(_pinn_networks.jet(parameters, points), expected)
 
 
 @BOTH
@@ -77,13 +82,13 @@ def test_reference_solves_the_equation_by_finite_differences(name):
         up, down = u(points + axis), u(points - axis)
         first.append((up - down) / (2 * step))
         second.append((up - 2 * value + down) / step**2)
-    jet = pinn.Jet(
+    jet = _pinn_networks.Jet(
         torch.from_numpy(value),
         (torch.from_numpy(first[0]), torch.from_numpy(first[1])),
         (torch.from_numpy(second[0]), torch.from_numpy(second[1])),
     )
     residual = problem.residual(torch.from_numpy(points), jet)
-    scale = max(np.abs(second).max() * (pinn.VISCOSITY if name == "burgers" else 1), 1)
+    scale = max(np.abs(second).max() * (_pinn_equations.VISCOSITY if name == "burgers" else 1), 1)
     assert residual.abs().max() < 1e-3 * scale
 
 
@@ -91,7 +96,7 @@ def test_reference_solves_the_equation_by_finite_differences(name):
 def test_border_points_lie_on_the_border_with_the_values_of_the_reference(name):
     problem = pinn.PROBLEMS[name]
     points, values = problem.border(3, generator())
-    assert points.shape == (3, pinn.BORDER, 2)
+    assert points.shape == (3, _pinn_equations.BORDER, 2)
     low, high = torch.tensor(problem.low), torch.tensor(problem.high)
     at_edge = (points == low) | (points == high)
     if name == "burgers":
@@ -121,7 +126,7 @@ def test_points_inside_fill_the_box(name):
 
 def test_burgers_quadrature_has_converged():
     grid = pinn.PROBLEMS["burgers"].grid(31)
-    few, many = (pinn.burgers_reference(grid, nodes) for nodes in (200, 350))
+    few, many = (_pinn_equations.burgers_reference(grid, nodes) for nodes in (200, 350))
     assert np.abs(few - many).max() < 1e-9
     start = grid[:, 1] == 0
     np.testing.assert_allclose(few[start], -np.sin(np.pi * grid[start, 0]), atol=1e-12)
@@ -130,7 +135,7 @@ def test_burgers_quadrature_has_converged():
 @BOTH
 def test_error_of_a_network_is_that_of_its_values(name):
     problem = pinn.PROBLEMS[name]
-    parameters = torch.zeros(3, len(pinn.initial(generator())))
+    parameters = torch.zeros(3, len(_pinn_networks.initial(generator())))
     parameters[:, -1] = torch.tensor([0.0, 1e6, math.nan])  # the bias of the output
     errors = pinn.relative_errors(problem, parameters)
     assert errors == pytest.approx([1, pinn.FAILED, pinn.FAILED])
@@ -153,7 +158,7 @@ def test_steps_are_those_of_the_wrapper(name, method, monkeypatch):
     pinn.train(problem, make(), trials, seeds, steps, CPU)
     for run, (trial, seed) in enumerate(zip(trials, seeds, strict=True)):
         source = generator(seed)
-        flat = nn.Parameter(pinn.initial(source)[None])
+        flat = nn.Parameter(_pinn_networks.initial(source)[None])
         start = flat.detach().clone()
         inside, (border, given) = problem.inside(steps, source), problem.border(steps, source)
         optimizer = GradientSurgery(torch.optim.Adam([flat], lr=trial.rate), make())

@@ -1,0 +1,1 @@
+"""One figure for each benchmark, drawn from what its JSON file holds: nothing is measured here."""

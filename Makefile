@@ -79,7 +79,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.landscape
 	$(BIN)/python -m benchmarks.pinn
 	$(BIN)/python -m benchmarks.multitask
-	$(BIN)/python -m benchmarks.multitask --optimizer sgd --name multitask_sgd
+	$(BIN)/python -m benchmarks.multitask --optimizer sgd
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.collapse
 	$(BIN)/python -m benchmarks.cytology

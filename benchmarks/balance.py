@@ -29,6 +29,7 @@ import pandas as pd
 import torch
 from sklearn.metrics import average_precision_score
 
+from benchmarks._cli import RESULTS, new_parser, parse
 from benchmarks._measure import environment, write_json
 from examples.slam_ags_cytology.attention import GatedAttention, NormalCells
 from examples.slam_ags_cytology.bags import BagsConfig, bags
@@ -40,7 +41,6 @@ from examples.slam_ags_cytology.networks import load_encoder
 from examples.slam_ags_cytology.pretrain import PretrainConfig, pretrain
 from examples.slam_ags_cytology.store import open_store
 
-RESULTS = Path(__file__).parent / "results"
 MIL_SEEDS = 2  # trainings of attention MIL, of whose cell scores the mean average precision counts
 MEASURES = ("ap_distance", "ap_score", "ap_distance_projector", "ap_score_projector")
 
@@ -122,6 +122,7 @@ class Task:
     epochs: int
     patch: int
     crop: int
+    device: str = "cpu"
 
     def draw(self, folder: Path, rate: float, seed: int) -> BagsConfig:
         """Bags of one seed at one witness rate."""
@@ -170,6 +171,7 @@ def measure(setting: Setting, task: Task, rate: float, seed: int, folder: Path) 
         patch=task.patch,
         crop=task.crop,
         seed=seed,
+        device=task.device,
         **setting.changes,
     )
     path = pretrain(config)
@@ -205,7 +207,7 @@ def judge(
     truth = np.array([cell.kind in task.positive for cell in pool])
     store = open_store([*frame["path"], *names], config.patch, config.out / "judged")
     network, _ = load_encoder(path, level=level)
-    features = encode(network, np.array(store.images), config.crop)
+    features = encode(network.to(task.device), np.array(store.images), config.crop)
 
     train = frame[frame["split"] == "train"]
     fitted = features[store.rows(train["path"])].astype(np.float64)
@@ -217,17 +219,20 @@ def judge(
 
     def of(split: str) -> tuple[list[torch.Tensor], list[int]]:
         groups = [part for _, part in frame[frame["split"] == split].groupby("bag", sort=True)]
-        tensors = [torch.from_numpy(features[store.rows(part["path"])]) for part in groups]
+        tensors = [
+            torch.from_numpy(features[store.rows(part["path"])]).to(task.device) for part in groups
+        ]
         return tensors, [int(part["label"].iloc[0]) for part in groups]
 
     weights = np.where(truth, rate / truth.sum(), (1 - rate) / (~truth).sum())
     scored = []
     for mil_seed in range(MIL_SEEDS):
         model = GatedAttention(torch.tensor(mean).float(), torch.tensor(std).float())
+        model.to(task.device)
         train_mil(model, of("train"), of("val"), MilConfig(out=config.out), mil_seed)
         model.eval()
         with torch.no_grad():
-            score = model(torch.from_numpy(judged))[2].numpy()
+            score = model(torch.from_numpy(judged).to(task.device))[2].cpu().numpy()
         scored.append(float(average_precision_score(truth, score, sample_weight=weights)))
     of_distance = float(average_precision_score(truth, distance, sample_weight=weights))
     return of_distance, sum(scored) / len(scored)
@@ -269,10 +274,8 @@ def answer(rows: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Measure what is not measured yet, store it, and answer."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--cells", type=Path, required=True, help="folder of class folders")
+    parser = new_parser(__doc__)
+    parser.add_argument("--cells", type=Path, help="folder of class folders; needed")
     parser.add_argument("--split-csv", type=Path, help="published split of these cells")
     parser.add_argument("--normal", nargs="+", default=["LYT"])
     parser.add_argument("--positive", nargs="+", default=["BLA", "EOS", "MON", "NGS", "PMO"])
@@ -285,8 +288,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--settings", nargs="+", metavar="WORDS", help="only those that hold one of these words"
     )
-    parser.add_argument("--out", type=Path, help="result file; default: results/balance_JUDGE.json")
-    options = parser.parse_args(arguments)
+    options = parse(parser, arguments, epochs=1)
+    if options.cells is None:
+        parser.error("--cells must name a folder with a folder of cells for each class. Got none.")
     torch.set_num_threads(1)
     task = Task(
         options.cells,
@@ -297,6 +301,7 @@ def main(arguments: list[str] | None = None) -> None:
         options.epochs,
         options.patch,
         options.crop,
+        options.device,
     )
     target = options.out or RESULTS / f"balance_{options.judge}.json"
     rows: list[dict[str, Any]] = []
@@ -327,7 +332,9 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _store(target: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     record = {
-        "environment": environment(torch.device("cpu"), ("torch", "kornia", "scikit-learn")),
+        "environment": environment(
+            torch.device(options.device), ("torch", "kornia", "scikit-learn")
+        ),
         "judge": options.judge,
         "normal": options.normal,
         "positive": options.positive,

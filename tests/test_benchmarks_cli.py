@@ -18,7 +18,7 @@ def options(*arguments: str) -> argparse.Namespace:
     return _cli.parse(_cli.new_parser("Which?\n\nThat."), arguments)
 
 
-@pytest.mark.parametrize("script", [name for name in SCRIPTS if name != "balance"])
+@pytest.mark.parametrize("script", SCRIPTS)
 def test_every_benchmark_takes_a_device_and_says_where_there_is_none(script, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit) as stopped:

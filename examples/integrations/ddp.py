@@ -76,6 +76,7 @@ def main(epochs: int = 10) -> None:
             optimizer.step()
     if distributed.get_rank() == 0:
         print(" ".join(f"{value:.5f}" for value in report.losses.tolist()))
+    distributed.barrier()  # whoever leaves early closes connections that others still use
     distributed.destroy_process_group()
 
 

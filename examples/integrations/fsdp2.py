@@ -102,6 +102,7 @@ def main() -> None:
         for done in (optimizer, resumed):
             assert done.report is not None
             print(" ".join(f"{value:.5f}" for value in done.report.losses.tolist()))
+    distributed.barrier()  # whoever leaves early closes connections that others still use
     distributed.destroy_process_group()
 
 

@@ -23,9 +23,14 @@ def _printed(example: str) -> list[list[float]]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", "2", str(FOLDER / example)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=120
+        )
+        # DDP keeps its gloo group alive after destroy_process_group, with torch alone as well (2.13). When the
+        # interpreter ends, the group's threads abort about one run in ten, after all work is done.
+        if "terminate called without an active exception" not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     # In older versions of torch gloo announces its connections there, from both processes at once.
     lines = [line for line in done.stdout.splitlines() if re.fullmatch(r"[-+.e\d ]+", line)]

@@ -90,6 +90,8 @@ SETTINGS: dict[str, Setting] = {
         for arm in ("pcgrad", "cagrad", "upgrad", "imtlg", "alignedmtl", "mgda")
     },
     "ags, share 0.1, factor at most 1": Setting("ags", BASE | {"max_scale": 1.0}),
+    # another pair: contrast on all cells, and the labels of their slides
+    **{f"{arm}, no limit": Setting(arm) for arm in ("sum-labels", "ags-labels", "priority-labels")},
     # where the gradients are reconciled
     "ags, share 0.1, encoder and projector apart": Setting("ags", BASE | {"granularity": "part"}),
     "ags, share 0.1, every tensor apart": Setting("ags", BASE | {"granularity": "parameter"}),

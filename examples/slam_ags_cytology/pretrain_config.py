@@ -21,8 +21,9 @@ class PretrainConfig:
     """Run folder, with the manifest of the bags step."""
     arm: str = "ags"
     """How the two objectives are reconciled: ags, pcgrad, cagrad, sum, priority (the contrast gives way to nothing),
-    or any other method of agsurgery by name, such as upgrad; or simclr (contrast on all patches, labels unused), sil
-    (every patch is taught the label of its slide), or random (an encoder that is not trained)."""
+    or any other method of agsurgery by name, such as upgrad. The same with -labels behind it (ags-labels): contrast on
+    all patches, and the label of its slide taught to each. Or simclr (contrast on all patches, labels unused), sil
+    (labels of slides alone), or random (an encoder that is not trained)."""
     paper: bool = False
     """The published recipe: every setting below whose paper value differs is set to it, unless it was changed by hand.
     Embed with `--level projector` to follow it to the end."""
@@ -67,8 +68,8 @@ class PretrainConfig:
     projector_batch_norm: bool = False
     """BatchNorm inside the projector. The paper: no."""
     statistics: Literal["shared", "separate", "views"] = "shared"
-    """BatchNorm statistics: of one joint batch, in one forward pass; of each side, in two; or of each view of each
-    side, in four. The paper: views."""
+    """BatchNorm statistics: of one joint batch, in one forward pass (always so where all patches are contrasted); of
+    each side, in two; or of each view of each side, in four. The paper: views."""
     augmentation: Literal["stain", "paper"] = "stain"
     """Random views: crops, flips, quarter turns and stain variation for all; or those of the paper, where the first
     view of a patch of a negative slide is its centre."""

@@ -19,14 +19,13 @@ from tqdm import tqdm
 from agsurgery import GradientSurgery, SurgeryReport
 
 from . import views
-from .arms import reconcile
+from .arms import objectives, reconcile
 from .balance import CappedShare
 from .distributed import World, average_statistics, surgery_options
 from .files import replacing
 from .indicators import spread, verdict
-from .losses import chance, contrastive_loss
 from .networks import Pretrained
-from .objectives import forward, pair_losses, slide_label_loss
+from .objectives import TASKS
 from .pretrain_config import PretrainConfig
 from .store import CellStore
 
@@ -59,11 +58,11 @@ class Training:
         self.world = World() if world is None else world
         self.device = next(model.parameters()).device
         self.augment = _views(config)
-        self.classifier = nn.Linear(config.outputs, 1) if config.arm == "sil" else None
-        groups = [[*model.encoder.parameters()], [*model.projector.parameters()]]
-        if self.classifier is not None:
-            self.classifier.to(self.device)
-            groups[1] += self.classifier.parameters()
+        self.objectives = objectives(config.arm, config).to(self.device)
+        groups = [
+            [*model.encoder.parameters()],
+            [*model.projector.parameters(), *self.objectives.parameters()],
+        ]
         base = torch.optim.SGD(
             [{"params": group} for group in groups],
             lr=config.lr,
@@ -122,8 +121,8 @@ class Training:
                     row = self._step(epoch, batch)
                     if row is not None:
                         board.write(row)
-                        shown = row[f"loss_{self._loss}"]
-                        bar.set_postfix_str(f"{self._loss} {shown:.2f}", refresh=False)
+                        shown = row[f"loss_{self.objectives.judged}"]
+                        bar.set_postfix_str(f"{self.objectives.judged} {shown:.2f}", refresh=False)
                     bar.update()
                 self.seconds += time.monotonic() - begin
                 average_statistics(self.model, self.world)
@@ -133,15 +132,10 @@ class Training:
                         self._say(epoch + 1, first)
         return self._status()
 
-    @property
-    def _loss(self) -> str:
-        """The objective that has a chance value: that of the labels for `sil`, else the contrastive one."""
-        return "slide_label" if self.config.arm == "sil" else "contrastive"
-
     def _status(self) -> dict[str, Any]:
         reference, last = self._chance(), self.log[-1]
         return {
-            **asdict(verdict(self.log, reference, f"loss_{self._loss}")),
+            **asdict(verdict(self.log, reference, f"loss_{self.objectives.judged}")),
             "chance": reference,
             "final_contrastive": last["loss_contrastive"],
             "final_similarity": last["loss_similarity"],
@@ -161,12 +155,9 @@ class Training:
 
     def _chance(self) -> float:
         """The loss of a network to which all patches look alike."""
-        counts = [len(side.rows) for side in self.sides]
-        if self.config.arm == "sil":
-            share = counts[0] / sum(counts)
-            return -share * math.log(share) - (1 - share) * math.log(1 - share)
-        patches = sum(counts) if self.config.arm == "simclr" else counts[0]
-        return chance(round(patches / self.steps / self.world.size))
+        batches = self.steps * self.world.size
+        positives, negatives = (len(side.rows) / batches for side in self.sides)
+        return self.objectives.chance(positives, negatives)
 
     def _say(self, done: int, first: int) -> None:
         """Progress for a log file: about ten lines in all."""
@@ -174,9 +165,10 @@ class Training:
         if done % max(1, epochs // 10) and done != epochs:
             return
         left = self.seconds / done * (epochs - done) / 60
-        value = self.log[-1][f"loss_{self._loss}"]
+        judged = self.objectives.judged
+        value = self.log[-1][f"loss_{judged}"]
         print(
-            f"pretrain {self.config.arm}: epoch {done} of {epochs}, {self._loss} loss {value:.2f}, "
+            f"pretrain {self.config.arm}: epoch {done} of {epochs}, {judged} loss {value:.2f}, "
             f"about {left:.1f} minutes left",
             flush=True,
         )
@@ -238,29 +230,15 @@ class Training:
             self.method.share = fallen.clamp(min=0)
 
     def _losses(self, batch: tuple[np.ndarray, np.ndarray]) -> tuple[dict[str, Tensor], Tensor]:
-        """The losses by task, and the projector outputs of the patches that are contrasted (all, with labels)."""
+        """The losses by task, and the projector outputs whose spread is watched."""
         config = self.config
         positive, negative = (
             self._two_views(pixels, negative=bool(side)) for side, pixels in enumerate(batch)
         )
         dtype = torch.float16 if config.precision == "fp16" else torch.bfloat16
         with torch.autocast(self.device.type, dtype, enabled=config.precision != "fp32"):
-            if config.arm == "simclr":
-                joint = (positive[0], negative[0], positive[1], negative[1])
-                outputs = self.model(torch.cat(joint)).float()
-            else:
-                of_positive, of_negative = forward(
-                    self.model, positive, negative, config.statistics
-                )
-        if config.arm == "simclr":
-            return {"contrastive": contrastive_loss(*outputs.chunk(2), config.temperature)}, outputs
-        if self.classifier is not None:
-            losses = slide_label_loss(of_positive, of_negative, self.classifier)
-            return losses, torch.cat((of_positive, of_negative))
-        losses = pair_losses(
-            of_positive, of_negative, config.temperature, config.similarity_temperature
-        )
-        return losses, of_positive
+            rows = self.objectives.outputs(self.model, positive, negative)
+        return self.objectives.losses(*rows), self.objectives.watched(*rows)
 
     def _two_views(self, pixels: np.ndarray, *, negative: bool) -> tuple[Tensor, Tensor]:
         first, second = self.augment.pair(views.to_float(pixels, self.device), negative=negative)
@@ -270,7 +248,7 @@ class Training:
         state = {
             "epochs_done": epochs_done,
             "model": self.model.state_dict(),
-            "classifier": None if self.classifier is None else self.classifier.state_dict(),
+            "objectives": self.objectives.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "method": self.method.state_dict() if isinstance(self.method, CappedShare) else {},
             "scaler": self.scaler.state_dict(),
@@ -295,8 +273,7 @@ class Training:
             return 0
         state = torch.load(path, map_location=self.device, weights_only=True)
         self.model.load_state_dict(state["model"])
-        if self.classifier is not None:
-            self.classifier.load_state_dict(state["classifier"])
+        self.objectives.load_state_dict(state["objectives"])
         self.optimizer.load_state_dict(state["optimizer"])
         if isinstance(self.method, CappedShare):
             self.method.load_state_dict(state["method"])
@@ -352,18 +329,16 @@ def _describe(report: SurgeryReport) -> dict[str, float]:
     """The columns of the log that the surgery report answers; NaN for a task that an arm does not have."""
     values = report.to_dict()
     missing = math.nan
-    cosine = values.get("cosine/similarity/contrastive", missing)
     several = len(report.tasks) > 1  # a single task shares nothing, and has no Gramian
+    cosine = next((values[name] for name in values if name.startswith("cosine/")), missing)
     scales = [value for name, value in values.items() if name.split("/")[0] == "scale"]
-    return {
-        "loss_contrastive": values.get("loss/contrastive", missing),
-        "loss_similarity": values.get("loss/similarity", missing),
-        "loss_slide_label": values.get("loss/slide_label", missing),
+    row = {f"loss_{task}": values.get(f"loss/{task}", missing) for task in TASKS}
+    row |= {
         "cosine": cosine,
         "conflict": float(cosine < 0) if cosine == cosine else missing,
         "scale": sum(scales) / len(scales),
-        "norm_contrastive": values["norm/contrastive"] if several else missing,
-        "norm_similarity": values.get("norm/similarity", missing) if several else missing,
-        "weight_contrastive": values.get("weight/contrastive", missing) if several else missing,
-        "weight_similarity": values.get("weight/similarity", missing) if several else missing,
     }
+    for what in ("norm", "weight"):
+        for task in TASKS:
+            row[f"{what}_{task}"] = values.get(f"{what}/{task}", missing) if several else missing
+    return row

@@ -24,6 +24,7 @@ from examples.slam_ags_cytology import training as loop
 from examples.slam_ags_cytology.errors import UserError
 from examples.slam_ags_cytology.indicators import Verdict
 from examples.slam_ags_cytology.networks import load_encoder
+from examples.slam_ags_cytology.objectives import TASKS
 from examples.slam_ags_cytology.pretrain import ARMS, PretrainConfig, pretrain
 from examples.slam_ags_cytology.pretrain_config import PUBLISHED, published
 from examples.slam_ags_cytology.store import open_store
@@ -32,8 +33,8 @@ from tests.cytology._tiny import draw_tiny
 
 COLUMNS = (
     *("step", "epoch", "lr", "loss_contrastive", "loss_similarity", "loss_slide_label"),
-    *("cosine", "conflict", "scale", "norm_contrastive", "norm_similarity"),
-    *("weight_contrastive", "weight_similarity", "std", "effective_rank"),
+    *("cosine", "conflict", "scale", "norm_contrastive", "norm_similarity", "norm_slide_label"),
+    *("weight_contrastive", "weight_similarity", "weight_slide_label", "std", "effective_rank"),
 )
 CELLS = 40  # of each side: 4 training bags of 10 cells; also steps = 80 / 16 = 5
 STEPS = 5
@@ -89,7 +90,14 @@ def files(folder):
 # --- what a run writes ---------------------------------------------------------------------------
 
 
-OTHERS = ("upgrad", "gradvac", "nashmtl")  # stateless, and with a state of their own
+OTHERS = ("upgrad", "gradvac", "nashmtl", "nashmtl-labels")  # all but one have a state of their own
+
+
+def tasks_of(arm):
+    """Names of the losses of an arm, the one that it is judged by in front."""
+    single = {"simclr": ("contrastive",), "sil": ("slide_label",)}
+    second = "slide_label" if arm.endswith("-labels") else "similarity"
+    return single.get(arm, ("contrastive", second))
 
 
 @pytest.mark.parametrize("arm", [arm for arm in (*ARMS, *OTHERS) if arm != "random"])
@@ -101,32 +109,36 @@ def test_each_arm_trains_and_records_what_it_did(out, arm):
     assert tuple(log.columns) == COLUMNS
     assert log["step"].tolist() == [*range(2 * STEPS)]
     assert log["epoch"].tolist() == [0] * STEPS + [1] * STEPS
-    of_pairs = ["loss_similarity", "cosine", "conflict", "norm_contrastive", "norm_similarity"]
-    single = arm in ("simclr", "sil")
-    assert log[of_pairs].isna().all(axis=None) == single
-    assert log[of_pairs].notna().all(axis=None) == (not single)
-    judged = "slide_label" if arm == "sil" else "contrastive"
-    other = "contrastive" if arm == "sil" else "slide_label"
-    assert log[f"loss_{judged}"].between(0, 20).all()
-    assert log[f"loss_{other}"].isna().all()
+    tasks = tasks_of(arm)
+    pair = len(tasks) == 2
     status = status_of(path)
     last = log.iloc[-1]
+    for task in TASKS:
+        assert log[f"loss_{task}"].notna().all() == (task in tasks)
+        if task in tasks:
+            assert log[f"loss_{task}"].between(0, 20).all()
+            assert status[f"final_{task}"] == last[f"loss_{task}"]
+        else:
+            assert status[f"final_{task}"] is None
+        for column in (f"norm_{task}", f"weight_{task}"):
+            assert log[column].notna().all() == (pair and task in tasks)
+            assert log[column].isna().all() == (not (pair and task in tasks))
     assert status["steps"] == 2 * STEPS
-    assert status[f"final_{judged}"] == last[f"loss_{judged}"]
-    assert status[f"final_{other}"] is None
     assert status["effective_rank"] == last["effective_rank"]
-    assert (status["final_similarity"] is None) == single
-    if single:
-        assert status["conflict_rate"] is None
-    else:
+    if pair:
         assert status["conflict_rate"] == pytest.approx(log["conflict"].mean())
         assert status["mean_cosine"] == pytest.approx(log["cosine"].mean())
-        weights_ = log[["weight_contrastive", "weight_similarity"]]
-        assert weights_.notna().all(axis=None)
-        assert (weights_["weight_similarity"][:3] == 0).all()  # not switched on yet
-        assert (weights_["weight_similarity"][4:] > 0).all()
+        second = log[f"weight_{tasks[1]}"]
+        # Similarity is switched on after a third of the steps, labels are there from the first.
+        first = 4 if tasks[1] == "similarity" else 0
+        assert (second[: max(0, first - 1)] == 0).all()
+        assert (second[first:] > 0).all()
+    else:
+        assert log[["cosine", "conflict"]].isna().all(axis=None)
+        assert status["conflict_rate"] is None
     assert status["mean_scale"] == pytest.approx(log["scale"].mean())
-    patches = 2 * CELLS // STEPS if arm == "simclr" else CELLS // STEPS
+    everyone = arm == "simclr" or tasks[-1] == "slide_label"
+    patches = 2 * CELLS // STEPS if everyone else CELLS // STEPS
     expected = math.log(2) if arm == "sil" else math.log(2 * patches - 1)
     assert status["chance"] == pytest.approx(expected)
     settings = json.loads((path.parent / "config.json").read_text(encoding="utf-8"))

@@ -123,12 +123,19 @@ def summary(frame: pd.DataFrame) -> dict[str, dict[str, Any]]:
             "cells": len(part),
             "different_cells": int(part["path"].nunique()),
             "bags_share_cells": bool(part["path"].duplicated().any()),
+            "repeated_bags": _repeated(part),
             "positive_cells": int((known == 1).sum()),
             "unlabelled_cells": int(len(positive) - len(known)),
             "witness_rate": float((known == 1).mean()) if len(known) else None,
             "classes": {str(k): int(v) for k, v in part["class_name"].value_counts().items() if k},
         }
     return result
+
+
+def _repeated(part: pd.DataFrame) -> int:
+    """Bags that hold exactly the cells of another."""
+    contents = [frozenset(paths) for _, paths in part.groupby("bag")["path"]]
+    return len(contents) - len(set(contents))
 
 
 def _write(target: Path, text: str, record: Mapping[str, Any]) -> None:
@@ -155,6 +162,11 @@ def _report(target: Path, numbers: Mapping[str, Mapping[str, Any]], config: Bags
             print(
                 f"         only {part['different_cells']} are different: bags share cells, so give "
                 "intervals over several draws (seed)."
+            )
+        if part["repeated_bags"]:
+            print(
+                f"         WARNING: {part['repeated_bags']} of its bags repeat all cells of another, and say nothing "
+                "that the other does not. Lower bag_size or the number of bags."
             )
     if config.cells is None:
         return

@@ -566,6 +566,19 @@ def test_record_and_summary_tell_the_numbers_and_the_reuse(
     assert "Cells, not patients" in printed
 
 
+def test_bags_that_hold_the_same_cells_are_counted_and_warned_of(
+    tree: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """18 LYT for tests: a negative bag of 18 takes them all, and so does the next; positive bags differ."""
+    few = config(tmp_path, bag_size=18, test_bags=3, reuse_normals=True, witness_rate=0.1)
+    summary = json.loads((bags(few).parent / "bags.json").read_text())["summary"]
+    assert summary["train"]["repeated_bags"] == 0
+    assert summary["test"]["repeated_bags"] == 2
+    printed = capsys.readouterr().out
+    assert "WARNING: 2 of its bags repeat all cells of another" in printed
+    assert printed.count("WARNING") == 1
+
+
 def test_rate_that_rounds_to_no_cell_still_puts_one(tree: Path, tmp_path: Path) -> None:
     path = bags(config(tmp_path, witness_rate=0.001))
     summary = json.loads((path.parent / "bags.json").read_text())["summary"]

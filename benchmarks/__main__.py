@@ -16,6 +16,7 @@ from benchmarks.figures import (
     against_peers,
     cytology,
     kernels,
+    landscape,
     multitask,
     overhead,
     peak_memory,
@@ -35,15 +36,16 @@ FIGURES: dict[str, Draw] = {
     "overhead": overhead.draw,
     "reuse": reuse.draw,
     "scaling": scaling.draw,
+    "landscape": landscape.draw,
     "pinn": pinn.draw,
     "multitask": multitask.draw,
     "cytology": cytology.draw,
 }
-"""By the first part of the name of the file. That of `landscape` shows paths, which its JSON file does not hold."""
+"""By the first part of the name of the file."""
 
 
 def redraw(folder: Path, out: Path) -> list[Path]:
-    """Draw every result in `folder` that has a figure into `out`.
+    """Draw every result in `folder` that has a figure, and all that it shows, into `out`.
 
     Returns:
         The figures.
@@ -51,9 +53,13 @@ def redraw(folder: Path, out: Path) -> list[Path]:
     drawn = []
     for path in sorted(folder.glob("*.json")):
         known = [name for name in FIGURES if path.stem.startswith(name)]
-        if known:
-            drawn.append(out / f"{path.stem}.svg")
-            FIGURES[max(known, key=len)](json.loads(path.read_text(encoding="utf-8")), drawn[-1])
+        if not known:
+            continue
+        family, result = max(known, key=len), json.loads(path.read_text(encoding="utf-8"))
+        if family == "landscape" and not landscape.has_paths(result):
+            continue  # the figure that was drawn when it was measured stays
+        drawn.append(out / f"{path.stem}.svg")
+        FIGURES[family](result, drawn[-1])
     return drawn
 
 

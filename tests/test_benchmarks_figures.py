@@ -13,9 +13,7 @@ from matplotlib.text import Text
 from benchmarks.__main__ import FIGURES, main, redraw
 from benchmarks._cli import RESULTS
 from benchmarks._plots import COLOURS, in_order
-
-STORED = sorted(path.stem for path in RESULTS.glob("*.json"))
-DRAWN = [name for name in STORED if name.startswith(tuple(FIGURES))]
+from benchmarks.figures.landscape import has_paths
 
 
 def family(name: str) -> str:
@@ -25,6 +23,13 @@ def family(name: str) -> str:
 def load(name: str) -> dict:
     found: dict = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+STORED = sorted(path.stem for path in RESULTS.glob("*.json"))
+DRAWN = [name for name in STORED if name.startswith(tuple(FIGURES))]
+# What was measured before paths were kept has its figure, but cannot be drawn anew.
+if not has_paths(load("landscape")):
+    DRAWN.remove("landscape")
 
 
 @pytest.fixture
@@ -43,8 +48,9 @@ def figure_of(monkeypatch):
 
 
 def test_every_figure_of_a_stored_result_is_stored():
-    assert {family(name) for name in DRAWN} == set(FIGURES)
-    assert [name for name in DRAWN if not (RESULTS / f"{name}.svg").is_file()] == []
+    drawn = [name for name in STORED if name.startswith(tuple(FIGURES))]
+    assert {family(name) for name in drawn} == set(FIGURES)
+    assert [name for name in drawn if not (RESULTS / f"{name}.svg").is_file()] == []
 
 
 @pytest.mark.parametrize("name", DRAWN)

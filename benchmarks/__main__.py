@@ -1,6 +1,8 @@
-"""Figures of all stored results, drawn anew: nothing is measured.
+"""Figures and tables of all stored results, made anew: nothing is measured.
 
 python -m benchmarks
+
+draws the figures of `benchmarks/results`, and writes into the documents what their tables show of these results.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks._cli import RESULTS, Draw
+from benchmarks._documents import DOCUMENTS, ROOT, rendered, rewrite
 from benchmarks.figures import (
     against_peers,
     cytology,
@@ -64,7 +67,7 @@ def redraw(folder: Path, out: Path) -> list[Path]:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Redraw."""
+    """Redraw the figures and rewrite the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -73,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.parse_args(arguments)
     for path in redraw(RESULTS, RESULTS):
         print(path.name)
+    for path in rewrite(DOCUMENTS, rendered(RESULTS)):
+        print(f"{path.relative_to(ROOT)}: tables have changed")
 
 
 if __name__ == "__main__":

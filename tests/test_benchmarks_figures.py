@@ -12,6 +12,7 @@ from matplotlib.text import Text
 
 from benchmarks.__main__ import FIGURES, main, redraw
 from benchmarks._cli import RESULTS
+from benchmarks._documents import ROOT
 from benchmarks._plots import COLOURS, in_order
 from benchmarks.figures.landscape import has_paths
 
@@ -153,5 +154,6 @@ def test_one_command_redraws_all_and_measures_nothing(tmp_path, monkeypatch, cap
     assert all(path.read_text(encoding="utf-8").startswith("<?xml") for path in drawn)
     assert {path: path.read_bytes() for path in RESULTS.glob("*.json")} == before
     monkeypatch.setattr("benchmarks.__main__.redraw", lambda *folders: drawn[:1])
+    monkeypatch.setattr("benchmarks.__main__.rewrite", lambda *given: [ROOT / "docs" / "a.md"])
     main([])
-    assert capsys.readouterr().out == f"{drawn[0].name}\n"
+    assert capsys.readouterr().out == f"{drawn[0].name}\ndocs/a.md: tables have changed\n"

@@ -65,7 +65,7 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-## bench: measure; results go to benchmarks/results
+## bench: measure; results go to benchmarks/results, tables of them into the documents
 bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.step_cost
 	$(BIN)/python -m benchmarks.peak_memory
@@ -83,6 +83,7 @@ bench: $(VENV)/.bench
 	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.collapse
 	$(BIN)/python -m benchmarks.cytology
+	$(BIN)/python -m benchmarks
 
 ## docs: build the documentation, warnings are errors
 docs: $(VENV)/.docs

@@ -1,6 +1,8 @@
-"""Figures of all stored results, drawn anew: nothing is measured.
+"""Figures and tables of all stored results, made anew: nothing is measured.
 
 python -m benchmarks
+
+draws the figures of `benchmarks/results`, and writes into the documents what their tables show of these results.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks._cli import RESULTS, Draw
+from benchmarks._documents import DOCUMENTS, ROOT, rendered, rewrite
 from benchmarks.figures import (
     against_peers,
     cytology,
     kernels,
+    landscape,
     multitask,
     overhead,
     peak_memory,
@@ -35,15 +39,16 @@ FIGURES: dict[str, Draw] = {
     "overhead": overhead.draw,
     "reuse": reuse.draw,
     "scaling": scaling.draw,
+    "landscape": landscape.draw,
     "pinn": pinn.draw,
     "multitask": multitask.draw,
     "cytology": cytology.draw,
 }
-"""By the first part of the name of the file. That of `landscape` shows paths, which its JSON file does not hold."""
+"""By the first part of the name of the file."""
 
 
 def redraw(folder: Path, out: Path) -> list[Path]:
-    """Draw every result in `folder` that has a figure into `out`.
+    """Draw every result in `folder` that has a figure, and all that it shows, into `out`.
 
     Returns:
         The figures.
@@ -51,14 +56,18 @@ def redraw(folder: Path, out: Path) -> list[Path]:
     drawn = []
     for path in sorted(folder.glob("*.json")):
         known = [name for name in FIGURES if path.stem.startswith(name)]
-        if known:
-            drawn.append(out / f"{path.stem}.svg")
-            FIGURES[max(known, key=len)](json.loads(path.read_text(encoding="utf-8")), drawn[-1])
+        if not known:
+            continue
+        family, result = max(known, key=len), json.loads(path.read_text(encoding="utf-8"))
+        if family == "landscape" and not landscape.has_paths(result):
+            continue  # the figure that was drawn when it was measured stays
+        drawn.append(out / f"{path.stem}.svg")
+        FIGURES[family](result, drawn[-1])
     return drawn
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Redraw."""
+    """Redraw the figures and rewrite the tables."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -67,6 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.parse_args(arguments)
     for path in redraw(RESULTS, RESULTS):
         print(path.name)
+    for path in rewrite(DOCUMENTS, rendered(RESULTS)):
+        print(f"{path.relative_to(ROOT)}: tables have changed")
 
 
 if __name__ == "__main__":

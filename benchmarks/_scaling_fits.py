@@ -63,8 +63,12 @@ def fit_cells(cells: list[dict[str, Any]], solver: dict[int, float]) -> dict[str
         }
         for name, found in relative.items()
     }
-    digits = lambda fit: {k: float(f"{v:.4g}") for k, v in fit.coefficients.items()}  # noqa: E731
-    return {"K passes": digits(passes), "AGS": digits(surgery), "errors": errors}
+    return {"K passes": _seconds(passes), "AGS": _seconds(surgery), "errors": errors}
+
+
+def _seconds(fit: Fit) -> dict[str, float]:
+    """Coefficients, to four digits."""
+    return {name: float(f"{value:.4g}") for name, value in fit.coefficients.items()}
 
 
 def _errors(relative: Sequence[float]) -> dict[str, float] | None:

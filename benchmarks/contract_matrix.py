@@ -4,19 +4,17 @@ Each check is one promise that schedulers, scalers, checkpoints, hooks and copie
 the same AdamW inside a wrapper: ours, those of others, and the usual ways to write one.
 
     python -m benchmarks.contract_matrix
-    python -m benchmarks.contract_matrix --table    # the stored result as the table of docs/conformance.md
 """
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-from benchmarks._cli import RESULTS, finish, new_parser, parse, provenance
+from benchmarks._cli import finish, new_parser, parse, provenance
 from benchmarks._contract_promises import CHECKS
 from benchmarks._contract_subjects import SUBJECTS, Wrap
 
@@ -64,20 +62,6 @@ def matrix(
     return results, skipped
 
 
-def markdown(record: dict[str, Any]) -> str:
-    """The stored matrix as a table."""
-    names = list(record["subjects"])
-    lines = [
-        "| promise | " + " | ".join(names) + " |",
-        "|---|" + ":-:|" * len(names),
-    ]
-    for check, words in record["promises"].items():
-        cells = ["✗" if check in record["subjects"][name]["failures"] else "✓" for name in names]
-        lines.append(f"| {words} | " + " | ".join(cells) + " |")
-    totals = [f"**{record['subjects'][name]['kept']}**" for name in names]
-    return "\n".join([*lines, f"| of {len(record['promises'])} | " + " | ".join(totals) + " |"])
-
-
 def answer(results: dict[str, Any]) -> str:
     """The last line."""
     total = len(CHECKS)
@@ -97,16 +81,11 @@ def answer(results: dict[str, Any]) -> str:
     return line + "."
 
 
-def main(arguments: Sequence[str] | None = None) -> dict[str, Any] | None:
-    """Try all, store the result, and answer; or print the table of what is stored."""
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
+    """Try all, store the result, and answer."""
     parser = new_parser(__doc__)
     parser.add_argument("--subjects", nargs="+", choices=list(SUBJECTS), help="only these")
-    parser.add_argument("--table", action="store_true", help="print the stored result as markdown")
     options = parse(parser, arguments)
-    if options.table:
-        stored = options.out or RESULTS / "contract_matrix.json"
-        print(markdown(json.loads(stored.read_text(encoding="utf-8"))))
-        return None
     record = provenance(options, PACKAGES, __doc__)
     names = [BARE, OURS] if options.quick else options.subjects
     results, skipped = matrix(names, options.device)

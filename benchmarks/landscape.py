@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 import agsurgery
-from benchmarks._cli import finish, new_parser, parse, provenance, result_path, threads
+from benchmarks._cli import finish, new_parser, parse, provenance, threads
 from benchmarks._landscape_quadratics import LARGER, PAIRS, Pair, predicted, start_of
 from benchmarks._landscape_toy import REACHED, STARTS, distance_to_curve, toy, toy_pareto_set
 from benchmarks.figures import landscape as figure
@@ -51,6 +51,7 @@ METHODS: dict[str, Callable[[], Any]] = {
 """For two tasks UPGrad equals PCGrad."""
 
 RATE, STEPS, SMALL_STEPS = 1e-3, 35_000, 10_000
+MARKS = 150  # parts of a path: what the figure needs, in a file of a quarter of a megabyte
 
 
 # -- running --------------------------------------------------------------------------------------
@@ -63,7 +64,7 @@ def updates(method: Any, gradients: Tensor) -> Tensor:
 
 
 def measure_toy(name: str, steps: int, keep: int, device: torch.device) -> dict[str, Any]:
-    """One method on the landscape."""
+    """One method on the landscape; of its paths `keep + 1` points are kept, by start and coordinate."""
     begin = time.perf_counter()
     method = METHODS[name]()
     points = torch.tensor(STARTS, dtype=torch.float64, device=device)
@@ -84,7 +85,7 @@ def measure_toy(name: str, steps: int, keep: int, device: torch.device) -> dict[
         "losses": np.round(values, 4).tolist(),
         "distance": [float(f"{d:.4g}") for d in distances],
         "reached": sum(d < REACHED for d in distances),
-        "path": np.round(np.stack(path), 3).tolist(),
+        "path": np.round(np.stack(path, 2), 3).tolist(),
         "seconds": round(time.perf_counter() - begin, 1),
     }
 
@@ -163,7 +164,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     options = parse(parser, arguments)
     device = torch.device(options.device)
-    steps, small_steps, keep = (20, 20, 5) if options.quick else (STEPS, SMALL_STEPS, 200)
+    steps, small_steps, keep = (20, 20, 5) if options.quick else (STEPS, SMALL_STEPS, MARKS)
     methods: dict[str, Any] = {}
     with threads():
         record = provenance(options, PACKAGES, __doc__)
@@ -177,15 +178,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 },
             }
             print(row(name, methods[name]), flush=True)
-    out = result_path(options, "landscape")
-    if out is not None:
-        figure.draw(methods, out.with_suffix(".svg"))
-    for found in methods.values():
-        del found["landscape"]["path"]  # in the figure
     print(LEGEND)
     counts = {"steps": steps, "small_steps": small_steps}
     result = {"answer": answer(methods), **counts, **record, "methods": methods}
-    return finish(options, "landscape", result)
+    return finish(options, "landscape", result, figure.draw)
 
 
 if __name__ == "__main__":

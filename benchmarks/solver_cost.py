@@ -343,19 +343,25 @@ def answer(methods: dict[str, Any]) -> str:
     return f"{faster}; {accuracy}; {promise}."
 
 
+def shown(value: float | None, digits: str) -> str:
+    """A number in so many digits, as `format` has them."""
+    return "-" if value is None else format(value, digits)
+
+
 def table(name: str, found: dict[str, Any]) -> str:
     """The three parts of one method, for the screen."""
     cells = []
     for tasks, row in found["time"].items():
         peer = f"{row['peer_us']['median']:.0f}" if "peer_us" in row else "-"
         cells.append(f"K={tasks}: {row['ours_us']['median']:.0f} / {peer}")
-    number = lambda value: "-" if value is None else f"{value:.0e}"  # noqa: E731
-    share = lambda value: "-" if value is None else f"{value:.0%}"  # noqa: E731
     lines = [f"{name}\n  us, ours / torchjd   {'   '.join(cells)}"]
     if found["error"]:
-        error = found["error"]
-        lines.append(f"  error                {number(error['ours'])} / {number(error['peer'])}")
-    parts = [f"{k}: {share(v['ours'])} / {share(v['peer'])}" for k, v in found["conflicts"].items()]
+        ours, peer = (shown(found["error"][who], ".0e") for who in ("ours", "peer"))
+        lines.append(f"  error                {ours} / {peer}")
+    parts = [
+        f"{inputs}: {shown(share['ours'], '.0%')} / {shown(share['peer'], '.0%')}"
+        for inputs, share in found["conflicts"].items()
+    ]
     lines.append(f"  opposes a task       {'   '.join(parts)}")
     return "\n".join(lines)
 

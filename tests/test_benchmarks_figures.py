@@ -12,10 +12,9 @@ from matplotlib.text import Text
 
 from benchmarks.__main__ import FIGURES, main, redraw
 from benchmarks._cli import RESULTS
+from benchmarks._documents import ROOT
 from benchmarks._plots import COLOURS, in_order
-
-STORED = sorted(path.stem for path in RESULTS.glob("*.json"))
-DRAWN = [name for name in STORED if name.startswith(tuple(FIGURES))]
+from benchmarks.figures.landscape import has_paths
 
 
 def family(name: str) -> str:
@@ -25,6 +24,13 @@ def family(name: str) -> str:
 def load(name: str) -> dict:
     found: dict = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     return found
+
+
+STORED = sorted(path.stem for path in RESULTS.glob("*.json"))
+DRAWN = [name for name in STORED if name.startswith(tuple(FIGURES))]
+# What was measured before paths were kept has its figure, but cannot be drawn anew.
+if not has_paths(load("landscape")):
+    DRAWN.remove("landscape")
 
 
 @pytest.fixture
@@ -43,8 +49,9 @@ def figure_of(monkeypatch):
 
 
 def test_every_figure_of_a_stored_result_is_stored():
-    assert {family(name) for name in DRAWN} == set(FIGURES)
-    assert [name for name in DRAWN if not (RESULTS / f"{name}.svg").is_file()] == []
+    drawn = [name for name in STORED if name.startswith(tuple(FIGURES))]
+    assert {family(name) for name in drawn} == set(FIGURES)
+    assert [name for name in drawn if not (RESULTS / f"{name}.svg").is_file()] == []
 
 
 @pytest.mark.parametrize("name", DRAWN)
@@ -147,5 +154,6 @@ def test_one_command_redraws_all_and_measures_nothing(tmp_path, monkeypatch, cap
     assert all(path.read_text(encoding="utf-8").startswith("<?xml") for path in drawn)
     assert {path: path.read_bytes() for path in RESULTS.glob("*.json")} == before
     monkeypatch.setattr("benchmarks.__main__.redraw", lambda *folders: drawn[:1])
+    monkeypatch.setattr("benchmarks.__main__.rewrite", lambda *given: [ROOT / "docs" / "a.md"])
     main([])
-    assert capsys.readouterr().out == f"{drawn[0].name}\n"
+    assert capsys.readouterr().out == f"{drawn[0].name}\ndocs/a.md: tables have changed\n"

@@ -6,20 +6,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from benchmarks._landscape_toy import SCALE, STARTS, toy, toy_pareto_set
 from benchmarks._plots import colour, new_figure, save_svg
 
 
-def draw(methods: Mapping[str, Any], path: Path) -> None:
-    """The paths of each method over the mean of the two losses, with the Pareto set.
+def has_paths(result: Mapping[str, Any]) -> bool:
+    """Whether a result holds what the figure shows; one that was stored before paths were kept does not."""
+    return all("path" in found["landscape"] for found in result["methods"].values())
 
-    Args:
-        methods: what was found for each, with the paths, which the JSON file leaves to the figure.
-        path: of the figure.
-    """
+
+def draw(result: Mapping[str, Any], path: Path) -> None:
+    """The paths of each method over the mean of the two losses, with the Pareto set."""
+    methods = result["methods"]
     columns = 4
     rows = -(-len(methods) // columns)
     figure = new_figure(3.2 * columns, 3.1 * rows)
@@ -33,12 +33,14 @@ def draw(methods: Mapping[str, Any], path: Path) -> None:
     for axes, (name, found) in zip(panels, methods.items(), strict=False):
         axes.contour(axis, axis, height, levels=14, cmap="Greys", linewidths=0.5, alpha=0.6)
         axes.plot(*curve.T, color="0.5", linewidth=4, alpha=0.7)
-        for line in np.array(found["landscape"]["path"]).transpose(1, 0, 2):
-            axes.plot(*line.T, color=colour(name, names), linewidth=1.3)
-            axes.plot(*line[0], "o", color="black", markersize=3)
-            axes.plot(*line[-1], "*", color=colour(name, names), markersize=9)
+        for x, y in found["landscape"]["path"]:
+            axes.plot(x, y, color=colour(name, names), linewidth=1.3)
+            axes.plot(x[0], y[0], "o", color="black", markersize=3)
+            axes.plot(x[-1], y[-1], "*", color=colour(name, names), markersize=9)
         title = f"{name}: {found['landscape']['reached']} of {len(STARTS)}"
         axes.set(title=title, xlim=(-10.5, 10.5), ylim=(-10.5, 10.5))
     for axes in panels[len(methods) :]:
         axes.set_visible(False)
+    figure.supxlabel("first parameter")
+    figure.supylabel("second parameter")
     save_svg(figure, path)

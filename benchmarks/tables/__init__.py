@@ -7,11 +7,13 @@ from typing import Any
 
 from benchmarks.tables import (
     against_peers,
+    balance,
     collapse,
     contract_matrix,
     landscape,
     loader,
     multitask,
+    needs,
     peak_memory,
     pinn,
     scaling,
@@ -34,5 +36,9 @@ TABLES: dict[str, Render] = {
     "loader": loader.tables,
     "collapse_synthetic": collapse.tables,
     "collapse_real": collapse.tables,
+    "needs": needs.tables,
+    "balance_val": balance.tables,
+    "balance_val_bla": balance.tables,
+    "balance_test_bla": balance.tables,
 }
 """By the name of the file."""

@@ -1,0 +1,79 @@
+"""Slides called and cells found, by witness rate and arm."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from benchmarks._markdown import NOTHING, table
+from benchmarks.figures.cytology import NAMES
+
+METRICS = {
+    "bag_f1": "bag F1",
+    "bag_auroc": "bag AUROC",
+    "average_precision_attention": "AP, attention",
+    "average_precision_instance_score": "AP, cell score",
+    "average_precision_slide_label": "AP, slide label",
+    "average_precision_distance": "AP, distance",
+}
+CHANCE = {"bag_f1": "bag_f1_all_positive", "bag_auroc": "bag_auroc"}
+
+
+def tables(result: Mapping[str, Any]) -> dict[str, str]:
+    """`""`: means over draws and half their 95 % interval. `differences`: from the reference, paired by draw."""
+    found = {"": table(["witness rate", "arm", "draws", *METRICS.values()], _means(result))}
+    if any(row["differences"] for row in result["rows"]):
+        reference = NAMES.get(result["facts"]["reference"], result["facts"]["reference"])
+        header = [f"arm − {reference}", *METRICS.values()]
+        found["differences"] = table(["witness rate", *header], _differences(result))
+    return found
+
+
+def _means(result: Mapping[str, Any]) -> list[list[str]]:
+    lines = []
+    for rate, rows in _by_rate(result).items():
+        chance = result["chance"][f"{rate:g}"]
+        levels = [f"{chance[CHANCE.get(m, 'average_precision_random')]:.3f}" for m in METRICS]
+        lines.append([f"{100 * rate:g} %", "chance", "", *levels])
+        for row in rows:
+            figures = [_mean(row["metrics"][metric]) for metric in METRICS]
+            lines.append(
+                ["", NAMES.get(row["arm"], f"`{row['arm']}`"), str(row["draws"]), *figures]
+            )
+    return lines
+
+
+def _differences(result: Mapping[str, Any]) -> list[list[str]]:
+    lines = []
+    for rate, rows in _by_rate(result).items():
+        others = [row for row in rows if row["differences"]]
+        for i, row in enumerate(others):
+            figures = [_difference(row["differences"].get(metric)) for metric in METRICS]
+            label = "" if i else f"{100 * rate:g} %"
+            lines.append([label, NAMES.get(row["arm"], f"`{row['arm']}`"), *figures])
+    return lines
+
+
+def _by_rate(result: Mapping[str, Any]) -> dict[float, list[dict[str, Any]]]:
+    found: dict[float, list[dict[str, Any]]] = {}
+    for row in result["rows"]:
+        found.setdefault(row["rate"], []).append(row)
+    return found
+
+
+def _mean(found: Mapping[str, Any]) -> str:
+    if found["mean"] is None:
+        return NOTHING
+    mean = f"{found['mean']:.3f}"
+    return mean if found["low"] is None else f"{mean} ± {found['mean'] - found['low']:.3f}"
+
+
+def _difference(found: Mapping[str, Any] | None) -> str:
+    """With a star where the interval leaves out 0."""
+    if not found or found["mean"] is None:
+        return NOTHING
+    mean = f"{found['mean']:+.3f}"
+    if found["low"] is None:
+        return mean
+    star = "" if found["low"] <= 0 <= found["high"] else "*"
+    return f"{mean} ± {found['mean'] - found['low']:.3f}{star}"

@@ -65,24 +65,25 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 
-## bench: measure; results go to benchmarks/results, tables of them into the documents
+## bench: measure, the short ones first; results go to benchmarks/results, tables of them into the documents
 bench: $(VENV)/.bench
-	$(BIN)/python -m benchmarks.step_cost
-	$(BIN)/python -m benchmarks.peak_memory
-	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.needs
+	$(BIN)/python -m benchmarks.against_peers
 	$(BIN)/python -m benchmarks.reuse
 	$(BIN)/python -m benchmarks.overhead
-	$(BIN)/python -m benchmarks.scaling
-	$(BIN)/python -m benchmarks.solver_cost
-	$(BIN)/python -m benchmarks.against_peers
 	$(BIN)/python -m benchmarks.contract_matrix
+	$(BIN)/python -m benchmarks.step_cost
+	$(BIN)/python -m benchmarks.solver_cost
+	$(BIN)/python -m benchmarks.kernels
+	$(BIN)/python -m benchmarks.loader
+	$(BIN)/python -m benchmarks.scaling
+	$(BIN)/python -m benchmarks.multitask
+	$(BIN)/python -m benchmarks.peak_memory
+	$(BIN)/python -m benchmarks.multitask --optimizer sgd
+	$(BIN)/python -m benchmarks.cytology
 	$(BIN)/python -m benchmarks.landscape
 	$(BIN)/python -m benchmarks.pinn
-	$(BIN)/python -m benchmarks.multitask
-	$(BIN)/python -m benchmarks.multitask --optimizer sgd
-	$(BIN)/python -m benchmarks.loader
 	$(BIN)/python -m benchmarks.collapse
-	$(BIN)/python -m benchmarks.cytology
 	$(BIN)/python -m benchmarks
 
 ## docs: build the documentation, warnings are errors

@@ -16,10 +16,11 @@ A run that was interrupted continues: rows that the result file holds are kept. 
 
 from __future__ import annotations
 
-import argparse
+import itertools
 import json
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,8 +30,8 @@ import pandas as pd
 import torch
 from sklearn.metrics import average_precision_score
 
-from benchmarks._cli import RESULTS, new_parser, parse
-from benchmarks._measure import environment, write_json
+from benchmarks._cli import finish, new_parser, parse, provenance, result_path, threads
+from benchmarks._measure import write_json
 from examples.slam_ags_cytology.attention import GatedAttention, NormalCells
 from examples.slam_ags_cytology.bags import BagsConfig, bags
 from examples.slam_ags_cytology.cells import load_cells
@@ -41,6 +42,7 @@ from examples.slam_ags_cytology.networks import load_encoder
 from examples.slam_ags_cytology.pretrain import PretrainConfig, pretrain
 from examples.slam_ags_cytology.store import open_store
 
+PACKAGES = ("torch", "kornia", "scikit-learn")
 MIL_SEEDS = 2  # trainings of attention MIL, of whose cell scores the mean average precision counts
 MEASURES = ("ap_distance", "ap_score", "ap_distance_projector", "ap_score_projector")
 
@@ -125,6 +127,7 @@ class Task:
     patch: int
     crop: int
     device: str = "cpu"
+    mil_epochs: int = MilConfig.epochs
 
     def draw(self, folder: Path, rate: float, seed: int) -> BagsConfig:
         """Bags of one seed at one witness rate."""
@@ -231,7 +234,13 @@ def judge(
     for mil_seed in range(MIL_SEEDS):
         model = GatedAttention(torch.tensor(mean).float(), torch.tensor(std).float())
         model.to(task.device)
-        train_mil(model, of("train"), of("val"), MilConfig(out=config.out), mil_seed)
+        train_mil(
+            model,
+            of("train"),
+            of("val"),
+            MilConfig(out=config.out, epochs=task.mil_epochs),
+            mil_seed,
+        )
         model.eval()
         with torch.no_grad():
             score = model(torch.from_numpy(judged).to(task.device))[2].cpu().numpy()
@@ -274,7 +283,7 @@ def answer(rows: list[dict[str, Any]]) -> str:
     return "Answer: best mean of both average precisions " + "; ".join(parts) + "."
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     """Measure what is not measured yet, store it, and answer."""
     parser = new_parser(__doc__)
     parser.add_argument("--cells", type=Path, help="folder of class folders; needed")
@@ -293,7 +302,19 @@ def main(arguments: list[str] | None = None) -> None:
     options = parse(parser, arguments, epochs=1)
     if options.cells is None:
         parser.error("--cells must name a folder with a folder of cells for each class. Got none.")
-    torch.set_num_threads(1)
+    names = [
+        name
+        for name in SETTINGS
+        if options.settings is None or any(word in name for word in options.settings)
+    ]
+    if not names:
+        parser.error(
+            f"--settings must have a word that is in the name of a setting, such as `SimCLR`. Got {options.settings}."
+        )
+    if options.quick:
+        names = names[:2]
+        options.rates, options.seeds = options.rates[:1], options.seeds[:1]
+        options.epochs, options.patch, options.crop = 1, 16, 14
     task = Task(
         options.cells,
         options.split_csv,
@@ -304,45 +325,35 @@ def main(arguments: list[str] | None = None) -> None:
         options.patch,
         options.crop,
         options.device,
+        2 if options.quick else MilConfig.epochs,
     )
-    target = options.out or RESULTS / f"balance_{options.judge}.json"
-    rows: list[dict[str, Any]] = []
-    if target.exists():
-        rows = json.loads(target.read_text(encoding="utf-8"))["rows"]
+    title = f"balance_{options.judge}"
+    facts = {"judge": options.judge, "normal": options.normal, "positive": options.positive}
+    path = result_path(options, title)
+    # What is stored stays as it is, with its commit and date, unless a row is added.
+    result = json.loads(path.read_text(encoding="utf-8")) if path and path.exists() else {}
+    rows: list[dict[str, Any]] = result.get("rows", [])
+    others = {key: result.get(key) for key in facts if rows and result.get(key) != facts[key]}
+    if others:
+        parser.error(
+            f"{path} must hold rows of the same task. It has {others}. Name another --out."
+        )
     done = {(row["setting"], row["rate"], row["seed"], row["epochs"]) for row in rows}
-    names = [
-        name
-        for name in SETTINGS
-        if options.settings is None or any(word in name for word in options.settings)
-    ]
-    for rate in options.rates:
-        for seed in options.seeds:
-            for name in names:
-                if (name, rate, seed, options.epochs) in done:
-                    continue
-                with tempfile.TemporaryDirectory() as folder:
-                    row = measure(SETTINGS[name], task, rate, seed, Path(folder))
-                key = {"setting": name, "rate": rate, "seed": seed, "epochs": options.epochs}
-                rows.append(key | row)
-                _store(target, rows, options)
-                print(json.dumps(rows[-1]), flush=True)
-    if rows:
-        _store(target, rows, options)
-        print(table(rows))
-        print(answer(rows))
-
-
-def _store(target: Path, rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    record = {
-        "environment": environment(
-            torch.device(options.device), ("torch", "kornia", "scikit-learn")
-        ),
-        "judge": options.judge,
-        "normal": options.normal,
-        "positive": options.positive,
-        "rows": rows,
-    }
-    write_json(target, record | {"answer": answer(rows)})
+    with threads():
+        record = provenance(options, PACKAGES, __doc__)
+        for rate, seed, name in itertools.product(options.rates, options.seeds, names):
+            if (name, rate, seed, options.epochs) in done:
+                continue
+            with tempfile.TemporaryDirectory() as folder:
+                row = measure(SETTINGS[name], task, rate, seed, Path(folder))
+            key = {"setting": name, "rate": rate, "seed": seed, "epochs": options.epochs}
+            rows.append(key | row)
+            result = {"answer": answer(rows), **record, **facts, "rows": rows}
+            if path is not None:  # after each row, to be continued from there
+                write_json(path, result)
+            print(json.dumps(rows[-1]), flush=True)
+    print(table(rows))
+    return finish(options, title, result)
 
 
 if __name__ == "__main__":

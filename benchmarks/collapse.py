@@ -156,6 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "--name", default="synthetic", help="of the result: results/collapse_NAME.json"
     )
     options = parse(parser, arguments, epochs=1)
+    if options.quick:
+        options.epochs = 1
     record = provenance(options, PACKAGES, __doc__)
     chosen = [s for s in SETTINGS if options.settings is None or s.name in options.settings]
     rows = []

@@ -19,12 +19,9 @@ import json
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
-
-from benchmarks._cli import finish, new_parser, parse
-from benchmarks._measure import environment
+from benchmarks._cli import finish, new_parser, parse, provenance
 from benchmarks.figures import cytology as figure
 from examples.slam_ags_cytology.bags import BagsConfig
 from examples.slam_ags_cytology.mil import MilConfig
@@ -32,8 +29,29 @@ from examples.slam_ags_cytology.pretrain import PretrainConfig
 from examples.slam_ags_cytology.sweep import SweepConfig, sweep
 from examples.slam_ags_cytology.synthetic import SyntheticConfig
 
+PACKAGES = ("torch", "kornia", "scikit-learn", "numpy")
 RANKINGS = ("attention", "instance_score", "slide_label", "distance")
 SHOWN = ("bag_f1", "bag_auroc", *(f"average_precision_{key}" for key in RANKINGS))
+
+
+class Sizes(NamedTuple):
+    """Settings of the synthetic cells, the bags and the MIL training."""
+
+    cells: dict[str, Any]
+    bags: dict[str, Any]
+    mil: dict[str, Any]
+
+
+FULL = Sizes(
+    {"normal": 4500, "abnormal": 600},
+    {"bag_size": 100, "train_bags": 12, "val_bags": 2, "test_bags": 6},
+    {"epochs": 60, "patience": 15},
+)
+QUICK = Sizes(
+    {"normal": 240, "abnormal": 60},
+    {"bag_size": 10, "train_bags": 3, "val_bags": 1, "test_bags": 2},
+    {"epochs": 2},
+)
 
 
 def configure(options: argparse.Namespace, out: Path) -> SweepConfig:
@@ -47,6 +65,7 @@ def configure(options: argparse.Namespace, out: Path) -> SweepConfig:
             "normal": tuple(options.normal),
             "positive": tuple(options.positive),
         }
+    sizes = QUICK if options.quick else FULL
     return SweepConfig(
         out=out,
         arms=tuple(options.arms),
@@ -55,12 +74,8 @@ def configure(options: argparse.Namespace, out: Path) -> SweepConfig:
         reference="simclr" if "simclr" in options.arms else options.arms[0],
         workers=options.workers,
         only_report=options.only_report,
-        synthetic=SyntheticConfig(
-            here, normal=4500, abnormal=600, size=options.size, difficulty=0.0
-        ),
-        bags=BagsConfig(
-            here, bag_size=100, train_bags=12, val_bags=2, test_bags=6, reuse_normals=True, **draw
-        ),
+        synthetic=SyntheticConfig(here, size=options.size, difficulty=0.0, **sizes.cells),
+        bags=BagsConfig(here, reuse_normals=True, **sizes.bags, **draw),
         pretrain=PretrainConfig(
             here,
             patch=options.size,
@@ -71,9 +86,8 @@ def configure(options: argparse.Namespace, out: Path) -> SweepConfig:
         mil=MilConfig(
             here,
             seeds=tuple(range(options.seeds)),
-            epochs=60,
-            patience=15,
             device=options.device,
+            **sizes.mil,
         ),
     )
 
@@ -115,7 +129,7 @@ def answer(summary: dict[str, Any], arm: str = "ags") -> str:
         decided = found["low"] is not None and not found["low"] <= 0 <= found["high"]
         verdict = ("better" if found["mean"] > 0 else "worse") if decided else "undecided"
         parts.append(f"{100 * float(rate):g} %: {mine:.3f} against {other:.3f} ({verdict})")
-    return f"Average precision of {arm} against {reference}: {'; '.join(parts) or 'not measured'}."
+    return f"Answer: average precision of {arm} against {reference}: {'; '.join(parts) or 'not measured'}."
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
@@ -138,21 +152,22 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--work", type=Path, help="folder of the sweep; a temporary one without it")
     parser.add_argument("--name", default="synthetic", help="results/cytology_NAME.json")
     options = parse(parser, arguments, draws=1, seeds=1, epochs=1, size=8)
+    if options.quick:
+        options.rates, options.draws, options.seeds = [0.3], 2, 1
+        options.epochs, options.size, options.workers = 1, 16, 1
+    record = provenance(options, PACKAGES, __doc__)
     with tempfile.TemporaryDirectory() as folder:
         out = options.work or Path(folder) / "sweep"
         sweep(configure(options, out))
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
-    record = {
-        "environment": environment(
-            torch.device(options.device), ("torch", "kornia", "scikit-learn", "numpy")
-        ),
-        "device": options.device,
+    result = {
+        "answer": answer(summary),
+        **record,
         "facts": summary["facts"],
         "chance": summary["chance"],
         "rows": rows(summary),
-        "answer": answer(summary),
     }
-    return finish(options, f"cytology_{options.name}", record, figure.draw)
+    return finish(options, f"cytology_{options.name}", result, figure.draw)
 
 
 if __name__ == "__main__":  # also imported by worker processes

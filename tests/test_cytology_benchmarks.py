@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import balance, loader
+from benchmarks import balance, collapse, cytology, loader
+from benchmarks._cli import question
 from examples.slam_ags_cytology.arms import check_arm
 from examples.slam_ags_cytology.pretrain_config import PretrainConfig, check_config
 from examples.slam_ags_cytology.synthetic import (
@@ -26,18 +27,50 @@ def cells(tmp_path_factory):
     )
 
 
-@pytest.mark.slow
-def test_the_loader_benchmark_answers_and_records_where_its_numbers_come_from(cells, tmp_path):
-    out = tmp_path / "loader.json"
-    few = ["--count", "100", "--rounds", "2", "--block-seconds", "0"]
-    only = ["--geometries", "small encoder at 56"]
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        loader.main(["--cells", str(cells), *few, *only, "--out", str(out)])
-    result = json.loads(out.read_text(encoding="utf-8"))
-    assert printed.getvalue().splitlines()[-1] == result["answer"]
-    assert {"question", "date", "commit", "dirty", "versions", "machine"} <= set(result)
+FEW = {
+    cytology: ["--arms", "simclr", "ags"],
+    collapse: ["--settings", "random encoder", "published, AGS"],
+    balance: ["--normal", *NORMAL_CLASSES, "--positive", *ABNORMAL_CLASSES],
+    loader: ["--geometries", "small encoder at 56"],
+}
+"""Options with which a quick run of a script is short."""
+
+
+@pytest.fixture(scope="module")
+def quick_run(tmp_path_factory, cells):
+    """What a script stored, what it printed, and its file: run once for all tests."""
+    found = {}
+
+    def run(script):
+        if script not in found:
+            out = tmp_path_factory.mktemp("quick") / "result.json"
+            arguments = ["--quick", "--out", str(out), *FEW[script]]
+            if script in (balance, loader):
+                arguments += ["--cells", str(cells)]
+            with contextlib.redirect_stdout(io.StringIO()) as printed:
+                returned = script.main(arguments)
+            result = json.loads(out.read_text(encoding="utf-8"))
+            assert returned == result
+            found[script] = result, printed.getvalue().splitlines(), out
+        return found[script]
+
+    return run
+
+
+@pytest.mark.parametrize("script", FEW, ids=lambda script: script.__name__.split(".")[-1])
+def test_quick_run_answers_in_its_last_line_and_says_where_it_comes_from(script, quick_run):
+    result, printed, _ = quick_run(script)
+    assert printed[-1] == result["answer"]
+    assert result["answer"].startswith("Answer: ")
+    assert result["question"] == question(script.__doc__)
+    assert {"device", "date", "commit", "dirty", "machine"} <= set(result)
+    assert set(result["versions"]) == {*script.PACKAGES, "agsurgery"}
     assert result["versions"]["torch"] == torch.__version__
-    assert result["files"]["count"] == 100
+
+
+def test_the_loader_benchmark_measures_every_arm(quick_run):
+    result, _, _ = quick_run(loader)
+    assert result["files"]["count"] == 40
     arms = result["loaders"]["small encoder at 56"]
     assert set(arms) == {
         *(loader.OURS, loader.OURS_PAPER, loader.PUBLISHED, loader.NETWORK, loader.NETWORK_ROWS)
@@ -45,6 +78,31 @@ def test_the_loader_benchmark_answers_and_records_where_its_numbers_come_from(ce
     assert arms[loader.NETWORK]["over_network"]["median"] == 1
     assert all(arm["images_per_second"]["median"] > 0 for arm in arms.values())
     assert len(result["decoding_images_per_cpu_second"]) == 12
+
+
+def test_the_cytology_benchmark_has_a_row_for_every_arm_and_rate(quick_run):
+    result, _, out = quick_run(cytology)
+    assert result["facts"]["witness_rates"] == [0.3]
+    assert set(result["chance"]) == {"0.3"}
+    assert [row["arm"] for row in result["rows"]] == ["simclr", "ags", "colour"]
+    ags = result["rows"][1]
+    assert set(ags["differences"]) == set(cytology.SHOWN)
+    assert ags["draws"] == 2
+    assert "of ags against simclr: 30 %: " in result["answer"]
+    assert out.with_suffix(".svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_the_collapse_benchmark_has_a_row_for_every_setting(quick_run):
+    result, _, _ = quick_run(collapse)
+    assert [row["setting"] for row in result["rows"]] == ["random encoder", "published, AGS"]
+    assert result["epochs"] == 1
+
+
+def test_more_cells_in_a_batch_than_there_are_is_refused(cells, capsys):
+    """It would be waited for without end."""
+    with pytest.raises(SystemExit):
+        loader.main(["--count", "30", "--cells", str(cells)])
+    assert "must be at least 48, the cells of a batch. Got 30." in capsys.readouterr().err
 
 
 def test_batches_of_the_loader_benchmark_hold_every_cell_once_per_round():
@@ -97,3 +155,62 @@ def test_the_balance_benchmark_keeps_test_cells_out_and_continues(cells, tmp_pat
     assert printed.getvalue().splitlines()[-1] == result["answer"]
     for row in result["rows"]:
         assert all(0 < row[name] <= 1 for name in balance.MEASURES)
+
+
+@pytest.fixture
+def measured(monkeypatch):
+    """Settings of the balance benchmark that were measured, with figures that nobody computed."""
+    names = []
+
+    def measure(setting, task, rate, seed, folder):
+        names.append(setting.arm)
+        return {"collapsed": False, "weak": False} | dict.fromkeys(balance.MEASURES, 0.5)
+
+    monkeypatch.setattr(balance, "measure", measure)
+    return names
+
+
+def test_the_balance_benchmark_continues_a_file_of_the_old_layout(measured, tmp_path, capsys):
+    out = tmp_path / "balance.json"
+    arguments = ["--cells", "cells", "--out", str(out), "--rates", "0.05", "--seeds", "0"]
+    balance.main([*arguments, "--settings", "random"])
+    new = json.loads(out.read_text(encoding="utf-8"))
+    facts = ("judge", "normal", "positive", "rows", "answer")
+    old = {"environment": {"commit": "of old"}, **{key: new[key] for key in facts}}
+    out.write_text(json.dumps(old, indent=1) + "\n", encoding="utf-8")
+    before = out.read_bytes()
+    balance.main([*arguments, "--settings", "random"])
+    assert measured == ["random"]
+    assert out.read_bytes() == before  # nothing was measured: date and commit stay
+    assert capsys.readouterr().out.splitlines()[-1] == old["answer"]
+    balance.main([*arguments, "--settings", "random", "SimCLR"])
+    assert measured == ["random", "simclr"]
+    result = json.loads(out.read_text(encoding="utf-8"))
+    assert result["rows"][0] == new["rows"][0]
+    assert [row["setting"] for row in result["rows"]] == ["random encoder", "SimCLR"]
+    assert set(result) == set(new)
+    assert result["commit"] == new["commit"]
+
+
+def test_a_quick_run_of_the_balance_benchmark_stores_nothing_without_a_file(measured, monkeypatch):
+    monkeypatch.setattr(balance, "write_json", lambda *_: pytest.fail("stored"))
+    result = balance.main(["--cells", "cells", "--quick"])
+    assert len(result["rows"]) == len(measured) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "match"),
+    [
+        (["--positive", "BLA"], "must hold rows of the same task. It has {'positive': "),
+        (["--judge", "test"], "It has {'judge': 'val'}. Name another --out."),
+        (["--settings", "nothing"], "--settings must have a word that is in the name of a setting"),
+    ],
+)
+def test_the_balance_benchmark_refuses(changes, match, measured, tmp_path, capsys):
+    arguments = ["--cells", "cells", "--out", str(tmp_path / "balance.json"), "--quick"]
+    balance.main(arguments)
+    before = (tmp_path / "balance.json").read_bytes()
+    with pytest.raises(SystemExit):
+        balance.main([*arguments, *changes])
+    assert match in capsys.readouterr().err
+    assert (tmp_path / "balance.json").read_bytes() == before

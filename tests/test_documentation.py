@@ -104,6 +104,16 @@ def test_made_pages_hold_what_is_stored(tmp_path):
         assert f"## `{path.stem}`" in text
 
 
+def test_the_origin_of_a_result_is_read_from_the_old_layout_and_the_new():
+    machine = {"cpu": "Abacus", "threads": 1, "cores": 2, "gpu": "Loom"}
+    record = {"date": "2026-11-25T03:12:44", "commit": "ea6c0588", "dirty": True}
+    record |= {"versions": {"torch": "2.13.0"}, "machine": machine}
+    expected = "2026-11-25, commit `ea6c058` with changes, torch 2.13.0, "
+    for result in (record, {"environment": record}):
+        assert pages.provenance(result) == expected + "Abacus, 1 of 2 threads"
+        assert pages.provenance({"device": "cuda", **result}) == expected + "Loom"
+
+
 def test_relative_links_of_the_pages_lead_to_something(tmp_path):
     pages.write(tmp_path)
     missing = []

@@ -16,7 +16,7 @@ import pandas as pd
 import pytest
 import torch
 
-from examples.slam_ags_cytology import sweep as module
+from examples.slam_ags_cytology import sweep_work, sweep_workers
 from examples.slam_ags_cytology.bags import BagsConfig
 from examples.slam_ags_cytology.colour import MeanColours
 from examples.slam_ags_cytology.embeddings import read_bags
@@ -27,9 +27,10 @@ from examples.slam_ags_cytology.pretrain import PretrainConfig
 from examples.slam_ags_cytology.report import ReportConfig
 from examples.slam_ags_cytology.sharing import share_store
 from examples.slam_ags_cytology.store import open_store
-from examples.slam_ags_cytology.sweep import SweepConfig, run_folder, sweep
+from examples.slam_ags_cytology.sweep import SweepConfig, sweep
 from examples.slam_ags_cytology.sweep_report import sweep_report
 from examples.slam_ags_cytology.sweep_summary import measured, summarise, sweep_table, sweep_text
+from examples.slam_ags_cytology.sweep_units import run_folder
 from examples.slam_ags_cytology.synthetic import SyntheticConfig, synthetic
 
 from .test_report import Page
@@ -114,7 +115,7 @@ def test_a_cell_of_the_grid_is_a_run_folder_with_a_page(finished):
 
 def test_the_same_command_again_works_on_nothing(finished, cells, monkeypatch):
     before = (finished / "sweep.csv").read_bytes()
-    monkeypatch.setattr(module, "_do", None)
+    monkeypatch.setattr(sweep_workers, "do_unit", None)
     sweep(tiny(finished, cells))
     assert (finished / "sweep.csv").read_bytes() == before
 
@@ -123,13 +124,13 @@ def test_a_larger_grid_adds_what_is_missing(tmp_path, cells, monkeypatch):
     out = tmp_path / "grown"
     sweep(tiny(out, cells, witness_rates=(0.3,), draws=1, colour=False))
     done = []
-    work = module._do
+    work = sweep_workers.do_unit
 
     def noted(config, unit):
         done.append((unit.arm, unit.draw, unit.rates))
         return work(config, unit)
 
-    monkeypatch.setattr(module, "_do", noted)
+    monkeypatch.setattr(sweep_workers, "do_unit", noted)
     sweep(tiny(out, cells, witness_rates=(0.3, 0.1), draws=1))
     assert done == [("colour", 0, (0.3,)), ("random", 0, (0.1,)), ("colour", 0, (0.1,))]
     done.clear()
@@ -173,14 +174,14 @@ def test_copies_of_a_file_are_known_to_a_shared_store(tmp_path, cells):
 
 
 def test_a_part_that_fails_does_not_stop_the_rest_and_is_tried_again(tmp_path, cells, monkeypatch):
-    real = module.mil
+    real = sweep_work.mil
 
     def failing(config):
         if config.arms == ("colour",):
             raise UserError("no colours today")
         return real(config)
 
-    monkeypatch.setattr(module, "mil", failing)
+    monkeypatch.setattr(sweep_work, "mil", failing)
     config = tiny(tmp_path, cells, witness_rates=(0.3,), draws=1)
     with pytest.raises(UserError, match=r"1 part.*colour at 30 %, draw 0.*no colours today"):
         sweep(config)
@@ -189,7 +190,7 @@ def test_a_part_that_fails_does_not_stop_the_rest_and_is_tried_again(tmp_path, c
     assert summary["facts"]["missing"] == 1
     assert "1 part of the grid is missing" in (tmp_path / "report.html").read_text()
     monkeypatch.undo()
-    monkeypatch.setattr(module, "_do", None)  # must not work
+    monkeypatch.setattr(sweep_workers, "do_unit", None)  # must not work
     (tmp_path / "sweep.csv").unlink()
     sweep(dataclasses.replace(config, only_report=True))
     assert set(pd.read_csv(tmp_path / "sweep.csv")["arm"]) == {"random"}
@@ -326,18 +327,18 @@ def test_a_killed_sweep_leaves_no_workers_and_continues_to_the_same_table(tmp_pa
 def test_a_gpu_each_or_a_core_each(monkeypatch, tmp_path, cells):
     config = tiny(tmp_path, cells, workers=None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    workers, devices = module._resources(config, 100)
+    workers, devices = sweep_workers.resources(config, 100)
     assert workers == len(devices) == len(os.sched_getaffinity(0))
     assert set(devices) == {"auto"}
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
-    assert module._resources(config, 100) == (3, ["cuda:0", "cuda:1", "cuda:2"])
-    assert module._resources(config, 2)[0] == 2  # no more processes than work
+    assert sweep_workers.resources(config, 100) == (3, ["cuda:0", "cuda:1", "cuda:2"])
+    assert sweep_workers.resources(config, 2)[0] == 2  # no more processes than work
     pretrain = dataclasses.replace(config.pretrain, device="cuda:1")
     named = dataclasses.replace(config, pretrain=pretrain)
-    assert module._resources(named, 100) == (1, ["cuda:1"])
+    assert sweep_workers.resources(named, 100) == (1, ["cuda:1"])
     twice = dataclasses.replace(config, workers=4)
-    assert module._resources(twice, 100)[1] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
+    assert sweep_workers.resources(twice, 100)[1] == ["cuda:0", "cuda:1", "cuda:2", "cuda:0"]
 
 
 # --- the summary ---------------------------------------------------------------------------------

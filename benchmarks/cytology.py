@@ -7,7 +7,8 @@ Figures are means over draws with 95 % intervals by Student's t; differences fro
 cells say nothing about real ones.
 
     python -m benchmarks.cytology                       # about a quarter of an hour on one core
-    python -m benchmarks.cytology --cells CELLS --split-csv SPLIT.csv --normal LYT --positive BLA --name real
+    python -m benchmarks.cytology --cells CELLS --split-csv SPLIT.csv --normal LYT --positive BLA --name mine
+    python -m benchmarks.cytology --from-sweep OUT --name real      # store a sweep of the example, made with its options
 
 A second call with the same --work continues an interrupted one.
 """
@@ -150,6 +151,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         "--only-report", action="store_true", help="store what is finished in --work so far"
     )
     parser.add_argument("--work", type=Path, help="folder of the sweep; a temporary one without it")
+    parser.add_argument(
+        "--from-sweep", type=Path, help="store what `sweep` of the example left here; run nothing"
+    )
     parser.add_argument("--name", default="synthetic", help="results/cytology_NAME.json")
     options = parse(parser, arguments, draws=1, seeds=1, epochs=1, size=8)
     if options.quick:
@@ -157,8 +161,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         options.epochs, options.size, options.workers = 1, 16, 1
     record = provenance(options, PACKAGES, __doc__)
     with tempfile.TemporaryDirectory() as folder:
-        out = options.work or Path(folder) / "sweep"
-        sweep(configure(options, out))
+        out = options.from_sweep or options.work or Path(folder) / "sweep"
+        if options.from_sweep is None:
+            sweep(configure(options, out))
+        elif not (out / "summary.json").is_file():
+            parser.error(
+                f"--from-sweep must be the --out of a sweep. Found no summary.json in {out}."
+            )
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
     result = {
         "answer": answer(summary),

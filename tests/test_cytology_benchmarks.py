@@ -47,6 +47,8 @@ def quick_run(tmp_path_factory, cells):
             arguments = ["--quick", "--out", str(out), *FEW[script]]
             if script in (balance, loader):
                 arguments += ["--cells", str(cells)]
+            if script is cytology:
+                arguments += ["--work", str(out.with_name("work"))]
             with contextlib.redirect_stdout(io.StringIO()) as printed:
                 returned = script.main(arguments)
             result = json.loads(out.read_text(encoding="utf-8"))
@@ -90,6 +92,20 @@ def test_the_cytology_benchmark_has_a_row_for_every_arm_and_rate(quick_run):
     assert ags["draws"] == 2
     assert "of ags against simclr: 30 %: " in result["answer"]
     assert out.with_suffix(".svg").read_text(encoding="utf-8").startswith("<?xml")
+
+
+def test_a_sweep_of_the_example_is_stored_as_it_is(quick_run, tmp_path, monkeypatch, capsys):
+    first, _, out = quick_run(cytology)
+    monkeypatch.setattr(cytology, "sweep", None)  # nothing runs
+    again = tmp_path / "again.json"
+    work = out.with_name("work")
+    cytology.main(["--from-sweep", str(work), "--out", str(again)])
+    stored = json.loads(again.read_text(encoding="utf-8"))
+    same = ("facts", "chance", "rows", "answer")
+    assert {key: stored[key] for key in same} == {key: first[key] for key in same}
+    with pytest.raises(SystemExit):
+        cytology.main(["--from-sweep", str(tmp_path), "--out", str(again)])
+    assert "must be the --out of a sweep. Found no summary.json" in capsys.readouterr().err
 
 
 def test_the_collapse_benchmark_has_a_row_for_every_setting(quick_run):

@@ -8,7 +8,7 @@ cells say nothing about real ones.
 
     python -m benchmarks.cytology                       # about a quarter of an hour on one core
     python -m benchmarks.cytology --cells CELLS --split-csv SPLIT.csv --normal LYT --positive BLA --name mine
-    python -m benchmarks.cytology --from-sweep OUT --name real      # store a sweep of the example, made with its options
+    python -m benchmarks.cytology --from-sweep OUT --name real    # store a sweep of the example
 
 A second call with the same --work continues an interrupted one.
 """

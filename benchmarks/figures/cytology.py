@@ -18,11 +18,23 @@ STYLES: dict[str, dict[str, Any]] = {
     "ags": {"color": "#d62728", "marker": "o"},
     "sum": {"color": "black", "marker": "s"},
     "simclr": {"color": "#1f77b4", "marker": "^"},
+    "pcgrad": {"color": "#ff7f0e", "marker": "P"},
+    "cagrad": {"color": "#8c564b", "marker": "X"},
+    "priority": {"color": "#9467bd", "marker": "<"},
+    "sil": {"color": "#2ca02c", "marker": "*"},
     "random": {"color": "0.55", "marker": "v"},
     "colour": {"color": "0.75", "marker": "D"},
 }
-NAMES = {"ags": "AGS", "sum": "plain sum", "simclr": "SimCLR", "random": "random encoder"} | {
-    "colour": "mean colours"
+NAMES = {
+    "ags": "AGS",
+    "sum": "plain sum",
+    "simclr": "SimCLR",
+    "pcgrad": "PCGrad",
+    "cagrad": "CAGrad",
+    "priority": "priority",
+    "sil": "slide labels",
+    "random": "random encoder",
+    "colour": "mean colours",
 }
 
 
@@ -33,12 +45,12 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     present = {row["arm"] for row in rows}
     arms = [name for name in STYLES if name in present]
     arms += sorted(present - set(arms))
-    figure = new_figure(11, 3.6)
+    figure = new_figure(max(11, 0.25 * len(RANKINGS) * len(rates) * len(arms)), 3.6)
     panels = figure.subplots(1, len(RANKINGS), sharey=True)
     for axes, (metric, title) in zip(panels, RANKINGS.items(), strict=True):
         for number, arm in enumerate(arms):
             style = STYLES.get(arm, {"color": f"C{number}", "marker": "X"})
-            shift = 0.13 * (number - (len(arms) - 1) / 2)
+            shift = min(0.13, 0.85 / len(arms)) * (number - (len(arms) - 1) / 2)
             for row in rows:
                 if row["arm"] != arm or row["metrics"].get(metric, {}).get("mean") is None:
                     continue

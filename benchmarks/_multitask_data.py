@@ -1,6 +1,6 @@
 """Real data with several tasks for each picture.
 
-Two problems come with scikit-learn and need no download; three more are read with torchvision where their files are.
+Two problems come with scikit-learn and need no download; three more are made where the files of their pictures are.
 scikit-learn bundles no regression with several targets worth a benchmark: `load_linnerud` has 20 rows, and
 `load_diabetes` one target. So the regressions here are made from the digits.
 
@@ -9,11 +9,10 @@ The pictures are split into three pools before anything is made from them.
 
 from __future__ import annotations
 
-import pickle
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,7 +20,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.nn import functional as F
 
-from examples.torchvision_import import import_torchvision
+from benchmarks._multitask_files import DataError, cifar100, mnist
 
 SPLIT_SEED = 0  # of the pools, the same in every run
 PAIRS = (60_000, 10_000, 20_000)  # of overlaid pictures of MNIST and FashionMNIST
@@ -64,6 +63,7 @@ class Problem:
         test: looked at once, with what was tuned.
         weightings: K weights each, for the weighted sum to try.
         batch: examples of a step.
+        files: MD5 sums of the files, where there are any.
     """
 
     title: str
@@ -73,6 +73,7 @@ class Problem:
     test: Examples
     weightings: tuple[tuple[float, ...], ...]
     batch: int = 64
+    files: dict[str, str] = field(default_factory=dict)
 
     def only(self, place: int) -> Problem:
         """The problem with one task."""
@@ -196,28 +197,7 @@ def four_questions(root: Path | None = None) -> Problem:
     )
 
 
-# -- read with torchvision ------------------------------------------------------------------------
-
-
-class MissingDataError(Exception):
-    """The files of a data set are not there; the message says where they belong."""
-
-
-def read(kind: str, root: Path | None, train: bool) -> Any:
-    """A data set of torchvision, from files that are there already.
-
-    Raises:
-        MissingDataError: they are not.
-    """
-    fetch = f"fetch them once with `torchvision.datasets.{kind}(ROOT, download=True)`"
-    if root is None:
-        raise MissingDataError(f"{kind} needs `--data-root ROOT`, the folder of its files; {fetch}")
-    try:
-        return getattr(import_torchvision().datasets, kind)(root, train=train, download=False)
-    except RuntimeError as error:
-        raise MissingDataError(
-            f"{kind} must lie under {root}, as torchvision stores it. Found: {error} To get them, {fetch}"
-        ) from error
+# -- from files ------------------------------------------------------------------------------------
 
 
 def in_pools(known: int, unseen: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,11 +209,11 @@ def in_pools(known: int, unseen: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def overlaid_from(kind: str, title: str, root: Path | None) -> Problem:
     """Two pictures of MNIST or FashionMNIST in one."""
-    known, unseen = (read(kind, root, train) for train in (True, False))
-    values = torch.cat([known.data, unseen.data]).float() / 255
-    labels = torch.cat([known.targets, unseen.targets])
-    pictures = Pictures(values, labels, *in_pools(len(known), len(unseen)))
-    return overlaid(title, pictures, PAIRS)
+    found = mnist(kind, root)
+    values = torch.cat([found.train.pictures, found.test.pictures]).float() / 255
+    labels = torch.cat([found.train.labels, found.test.labels])
+    pools = in_pools(len(found.train.labels), len(found.test.labels))
+    return replace(overlaid(title, Pictures(values, labels, *pools), PAIRS), files=found.sums)
 
 
 def multi_mnist(root: Path | None) -> Problem:
@@ -251,37 +231,33 @@ def cifar_superclasses(root: Path | None) -> Problem:
 
     A picture belongs to one task only. The pictures are halved in size, since the network has no convolutions.
     """
-    parts = [read("CIFAR100", root, train) for train in (True, False)]
-    pictures = torch.cat([torch.from_numpy(part.data) for part in parts]).permute(0, 3, 1, 2)
+    found = cifar100(root)
+    pictures = torch.cat([found.train.pictures, found.test.pictures])
+    fine, coarse = torch.cat([found.train.labels, found.test.labels]).unbind(1)
     inputs = F.avg_pool2d(pictures.float() / 255 - 0.5, 2).flatten(1)
-    fine = np.concatenate([part.targets for part in parts])
-    coarse = np.concatenate([coarse_labels(Path(part.root), part.train) for part in parts])
     # Classes are numbered within their superclass, in the order of their own numbers.
-    group = np.zeros(fine.max() + 1, dtype=int)
+    group = torch.zeros(int(fine.max()) + 1, dtype=torch.long)
     group[fine] = coarse
-    within = np.array([(group[:label] == group[label]).sum() for label in range(len(group))])
-    targets = torch.full((len(fine), coarse.max() + 1), float(NOT_ASKED))
-    targets[torch.arange(len(fine)), torch.from_numpy(coarse)] = torch.from_numpy(
-        within[fine]
-    ).float()
+    within = torch.stack([(group[:label] == group[label]).sum() for label in range(len(group))])
+    targets = torch.full((len(fine), int(coarse.max()) + 1), float(NOT_ASKED))
+    targets[torch.arange(len(fine)), coarse] = within[fine].float()
 
     def examples(pool: Tensor) -> Examples:
         return Examples(inputs[pool], targets[pool], pool[:, None])
 
     tasks = tuple(Task(f"superclass {i}", int(within.max()) + 1) for i in range(targets.shape[1]))
-    made = [examples(pool) for pool in in_pools(len(parts[0]), len(parts[1]))]
+    made = [examples(pool) for pool in in_pools(len(found.train.labels), len(found.test.labels))]
+    for name, pool in zip(("train", "validation", "test"), made, strict=True):
+        if not (pool.targets != NOT_ASKED).any(0).all():
+            raise DataError(
+                f"CIFAR100 must have pictures of every superclass to train, to tune and to test. Those in the "
+                f"{name} pool, {len(pool.targets):,}, lack one. Take the whole files."
+            )
     draw = np.random.default_rng(SPLIT_SEED)  # nobody knows good weights of 20 like tasks
     drawn = len(tasks) * draw.dirichlet(np.ones(len(tasks)), size=2)
     weightings = tuple(tuple(map(float, weights)) for weights in drawn)
-    return Problem("CIFAR-100 superclasses", tasks, *made, weightings=weightings, batch=256)
-
-
-def coarse_labels(root: Path, train: bool) -> np.ndarray:
-    """Superclasses in the order of the pictures, from the file in which torchvision looks for the classes only."""
-    path = root / "cifar-100-python" / ("train" if train else "test")
-    with path.open("rb") as file:
-        content = pickle.load(file, encoding="latin1")
-    return np.asarray(content["coarse_labels"])
+    title = "CIFAR-100 superclasses"
+    return Problem(title, tasks, *made, weightings=weightings, batch=256, files=found.sums)
 
 
 PROBLEMS: dict[str, Callable[[Path | None], Problem]] = {

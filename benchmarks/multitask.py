@@ -2,7 +2,7 @@
 
 Two problems on pictures that scikit-learn brings along, so that nothing is downloaded: two overlaid digits (which is
 at the left, which at the right?), and four questions about one digit, on very unequal scales. MultiMNIST, MultiFashion
-and the superclasses of CIFAR-100 run where their files are (`--data-root`).
+and the superclasses of CIFAR-100 run where their files are (`--data-root`); their results go to files of their own.
 
 What is equal for all methods: a network of linear layers with one linear head per task; initial weights and batches,
 seed by seed; the optimizer with a cosine schedule; the scale of the sum; every head gets the gradient of its own loss;
@@ -46,7 +46,8 @@ from torch import Tensor
 
 from benchmarks._cli import finish, new_parser, parse, provenance, threads
 from benchmarks._intervals import Interval, holm, p_value
-from benchmarks._multitask_data import BUNDLED, PROBLEMS, MissingDataError, Problem, Task
+from benchmarks._multitask_data import BUNDLED, PROBLEMS, Problem, Task
+from benchmarks._multitask_files import DataError
 from benchmarks._multitask_methods import METHODS, PLAIN, WEIGHTED, Entry, Trial, trials_of
 from benchmarks._multitask_networks import metrics_of
 from benchmarks._multitask_training import OPTIMIZERS, Kind, train
@@ -289,7 +290,9 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     parser.add_argument("--problems", nargs="+", choices=PROBLEMS, default=list(BUNDLED))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--optimizer", choices=OPTIMIZERS, default="adam")
-    parser.add_argument("--data-root", type=Path, help="folder of torchvision's data sets")
+    parser.add_argument(
+        "--data-root", type=Path, help="folder of data sets, as torchvision stores them"
+    )
     parser.add_argument(
         "--rates",
         nargs="+",
@@ -307,7 +310,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         effort = Effort(3, 2, kind._replace(rates=kind.rates[:2]))
     try:
         loaded = {key: PROBLEMS[key](options.data_root).to(device) for key in options.problems}
-    except MissingDataError as error:
+    except DataError as error:
         parser.error(str(error))
     todo = {key: names_for(problem, options.methods) for key, problem in loaded.items()}
     progress = Progress(sum(len(todo[key]) + len(loaded[key].tasks) for key in loaded))
@@ -323,6 +326,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             compare(methods)
             problems[key] = {
                 "title": problem.title,
+                **({"files": problem.files} if problem.files else {}),
                 "ags_minus_pcgrad": lengths(methods),
                 "single": baseline.record,
                 "methods": methods,
@@ -340,8 +344,13 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         **record,
         "problems": problems,
     }
-    name = "multitask" if options.optimizer == "adam" else f"multitask_{options.optimizer}"
-    return finish(options, name, result, figure.draw)
+    return finish(options, result_name(options.optimizer, options.problems), result, figure.draw)
+
+
+def result_name(optimizer: str, problems: Sequence[str]) -> str:
+    """Of the file: an optimizer and problems other than those one gets unasked are named."""
+    named = [] if optimizer == "adam" else [optimizer]
+    return "_".join(["multitask", *named, *(problems if {*problems} != {*BUNDLED} else ())])
 
 
 if __name__ == "__main__":

@@ -5,8 +5,6 @@ import io
 import itertools
 import json
 import math
-import pickle
-import struct
 from dataclasses import replace
 from pathlib import Path
 
@@ -28,7 +26,6 @@ from benchmarks import _multitask_networks as networks_of
 from benchmarks import _multitask_training as training
 from benchmarks._multitask_data import Examples, Problem, Task
 from benchmarks._multitask_methods import METHODS, Trial
-from examples.torchvision_import import import_torchvision
 
 CPU = torch.device("cpu")
 
@@ -178,86 +175,6 @@ def test_the_test_pool_takes_no_part_in_the_scale_of_a_target(monkeypatch):
     values[pictures.test] = 100.0
     monkeypatch.setattr(data, "digits", lambda: pictures._replace(values=values))
     assert torch.equal(data.four_questions().train.targets, expected.train.targets)
-
-
-@pytest.mark.parametrize("kind", ["multimnist", "multifashion", "cifar100"])
-@pytest.mark.parametrize("given", [False, True])
-def test_missing_files_are_named_with_the_way_to_get_them(kind, given, tmp_path, capsys):
-    root = ["--data-root", str(tmp_path)] if given else []
-    with pytest.raises(SystemExit):
-        multitask.main(["--quick", "--problems", kind, *root])
-    told = capsys.readouterr().err
-    assert "download=True" in told
-    assert (str(tmp_path) if given else "--data-root ROOT") in told
-    assert not list(tmp_path.rglob("*.gz"))
-
-
-def write_mnist(folder: Path, count: dict[str, int]) -> None:
-    """Files as MNIST has them, with random pictures."""
-    draw = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for part, number in count.items():
-        pictures = draw.integers(256, size=(number, 28, 28), dtype=np.uint8)
-        head = struct.pack(">4BIII", 0, 0, 8, 3, number, 28, 28)
-        (folder / f"{part}-images-idx3-ubyte").write_bytes(head + pictures.tobytes())
-        labels = np.arange(number, dtype=np.uint8) % 10
-        head = struct.pack(">4BI", 0, 0, 8, 1, number)
-        (folder / f"{part}-labels-idx1-ubyte").write_bytes(head + labels.tobytes())
-
-
-@pytest.mark.parametrize(
-    ("name", "kind"), [("multimnist", "MNIST"), ("multifashion", "FashionMNIST")]
-)
-def test_files_of_mnist_become_overlaid_pictures(name, kind, tmp_path, monkeypatch):
-    monkeypatch.setattr(data, "PAIRS", (400, 100, 100))
-    write_mnist(tmp_path / kind / "raw", {"train": 100, "t10k": 20})
-    problem = data.PROBLEMS[name](tmp_path)
-    assert problem.train.inputs.shape == (400, 35 * 42)
-    assert 0 <= problem.train.inputs.min() < problem.train.inputs.max() <= 1
-    labels = torch.cat([torch.arange(100) % 10, torch.arange(20) % 10])
-    sources = {}
-    for key, pool in problem.pools().items():
-        assert torch.equal(pool.targets, labels[pool.sources].float())
-        sources[key] = set(pool.sources.flatten().tolist())
-    assert sources["test"] == set(range(100, 120))
-    assert len(sources["train"]) == 90
-    assert len(sources["validation"]) == 10
-    assert sources["train"] | sources["validation"] == set(range(100))
-
-
-def test_files_of_cifar_become_one_task_for_each_superclass(tmp_path, monkeypatch):
-    """100 classes in 20 superclasses: class c belongs to superclass c % 20, as its place c // 20."""
-    folder = tmp_path / "cifar-100-python"
-    folder.mkdir()
-    draw = np.random.default_rng(0)
-    names = [str(i) for i in range(100)]
-    for part, number in (("train", 4000), ("test", 2000)):
-        fine = np.arange(number) % 100
-        content = {
-            "data": draw.integers(256, size=(number, 3072), dtype=np.uint8),
-            "fine_labels": fine.tolist(),
-            "coarse_labels": (fine % 20).tolist(),
-        }
-        (folder / part).write_bytes(pickle.dumps(content))
-    (folder / "meta").write_bytes(pickle.dumps({"fine_label_names": names}))
-    known = import_torchvision().datasets.CIFAR100
-    # torchvision compares checksums with those of the real files.
-    monkeypatch.setattr(known, "_check_integrity", lambda self: True)
-    monkeypatch.setattr("torchvision.datasets.cifar.check_integrity", lambda *_: True)
-    problem = data.cifar_superclasses(tmp_path)
-    assert [task.classes for task in problem.tasks] == [5] * 20
-    assert problem.train.inputs.shape == (3600, 768)
-    assert all(sum(w) == pytest.approx(20) for w in problem.weightings)
-    for pool in problem.pools().values():
-        fine = pool.sources[:, 0] % 100  # 4000 pictures to train end with class 99
-        asked = pool.targets != data.NOT_ASKED
-        assert (asked.sum(1) == 1).all()
-        assert asked.double().argmax(1).tolist() == (fine % 20).tolist()
-        assert pool.targets[asked].tolist() == (fine // 20).tolist()
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        arguments = ["--problems", "cifar100", "--data-root", str(tmp_path), "--quick"]
-        found = multitask.main([*arguments, "--methods", "Sum"])
-    assert len(found["problems"]["cifar100"]["methods"]["Sum"]["metrics"]) == 20
 
 
 # -- formulas -------------------------------------------------------------------------------------------

@@ -29,6 +29,7 @@ from examples.slam_ags_cytology.arms import objectives
 from examples.slam_ags_cytology.networks import Pretrained
 from examples.slam_ags_cytology.pretrain_config import PretrainConfig, published
 
+PACKAGES = ("torch", "torchvision")
 CASES = (
     ("sum", "shared"),
     ("ags", "shared"),
@@ -121,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
     )
     parser.add_argument("--crop", type=int, default=224, help="side of a view (224, as published)")
     options = parse(parser, arguments, cells=1, epochs=1, batch=4, crop=32)
-    record = provenance(options, ("torchvision",), __doc__)
+    record = provenance(options, PACKAGES, __doc__)
     base = published(PretrainConfig(Path(), paper=True))
     rows = []
     for arm, statistics in CASES:

@@ -195,7 +195,7 @@ def make_peer(pair: Pair, tasks: int) -> tuple[Callable[[Tensor], Tensor], bool]
     import torchjd.aggregation
 
     if pair.peer is None or not hasattr(torchjd.aggregation, pair.peer):
-        raise ImportError(f"TorchJD has no {pair.peer}")
+        raise ImportError(f"TorchJD has no {pair.peer or 'counterpart'}")
     options = {**pair.peer_options, **({"n_tasks": tasks} if pair.peer == "NashMTL" else {})}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it warns of its own NashMTL

@@ -31,8 +31,11 @@ __all__ = [
     "spreads",
 ]
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9", "#5b4b8a", "#444444")
-"""Colours of the arms, told apart by readers with colour-blindness (after Okabe and Ito)."""
+COLOURS = (
+    *("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#8a6d00", "#56b4e9"),
+    *("#5b4b8a", "#444444", "#e69f00", "#b0154f", "#9aa5b1", "#5f8a00"),
+)
+"""Colours of the arms, the first eight told apart by readers with colour-blindness (after Okabe and Ito)."""
 
 RANKING_NAMES = {
     "attention": "Attention",
@@ -286,7 +289,8 @@ def rate_lines(summary: dict[str, Any], metric: str, colours: dict[str, str]) ->
         for i, (arm, colour) in enumerate(colours.items()):
             mine = {cell["rate"]: cell["metrics"][metric] for cell in known if cell["arm"] == arm}
             at = [j for j, rate in enumerate(rates) if rate in mine]
-            shift = 0.09 * (i - (len(colours) - 1) / 2)  # so that intervals do not hide each other
+            # So that intervals do not hide each other, nor reach those of the next rate.
+            shift = min(0.09, 0.6 / len(colours)) * (i - (len(colours) - 1) / 2)
             means = [mine[rates[j]]["mean"] for j in at]
             halves = [
                 0.0

@@ -11,9 +11,12 @@ import pytest
 import torch
 from PIL import Image
 
+from examples.slam_ags_cytology.arms import ARMS
+from examples.slam_ags_cytology.colour import COLOUR
 from examples.slam_ags_cytology.embeddings import Bag, bag_path, write_bag
 from examples.slam_ags_cytology.errors import UserError
 from examples.slam_ags_cytology.evaluate import EvaluateConfig, evaluate
+from examples.slam_ags_cytology.figures import COLOURS
 from examples.slam_ags_cytology.report import ReportConfig, report
 
 EVIL = "<script>alert(1)</script>"
@@ -380,6 +383,10 @@ def test_report_refuses_results_that_went_away(run):
     shutil.rmtree(run / "mil" / "sum")
     with pytest.raises(UserError, match="must hold the evaluated results"):
         report(ReportConfig(run))
+
+
+def test_each_arm_worth_naming_has_a_colour_of_its_own():
+    assert len(set(COLOURS)) == len(COLOURS) >= len({*ARMS, COLOUR})
 
 
 def test_arms_stand_in_the_order_that_was_asked_for(tmp_path):

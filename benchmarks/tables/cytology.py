@@ -20,13 +20,15 @@ CHANCE = {"bag_f1": "bag_f1_all_positive", "bag_auroc": "bag_auroc"}
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, str]:
-    """`""`: means over draws and half their 95 % interval. `differences`: from the reference, paired by draw."""
-    found = {"": table(["witness rate", "arm", "draws", *METRICS.values()], _means(result))}
-    if any(row["differences"] for row in result["rows"]):
-        reference = NAMES.get(result["facts"]["reference"], result["facts"]["reference"])
-        header = [f"arm − {reference}", *METRICS.values()]
-        found["differences"] = table(["witness rate", *header], _differences(result))
-    return found
+    """Those of the means, and `differences`: from the reference, paired by draw."""
+    reference = NAMES[result["facts"]["reference"]]
+    header = ["witness rate", f"arm − {reference}", *METRICS.values()]
+    return {**tables_of_means(result), "differences": table(header, _differences(result))}
+
+
+def tables_of_means(result: Mapping[str, Any]) -> dict[str, str]:
+    """Means over draws, and half their 95 % interval."""
+    return {"": table(["witness rate", "arm", "draws", *METRICS.values()], _means(result))}
 
 
 def _means(result: Mapping[str, Any]) -> list[list[str]]:

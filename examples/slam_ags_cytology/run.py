@@ -36,7 +36,7 @@ class RunConfig:
 
     out: Path
     """Run folder. The report will be OUT/report.html."""
-    arms: tuple[str, ...] = ("random", "simclr", "sum", "ags")
+    arms: tuple[str, ...] = ("random", "sil", "simclr", "sum", "ags")
     """Pretrainings to compare; see pretrain --help."""
     colour: bool = True
     """Add the arm `colour`: mean colours in place of an encoder, the baseline that every encoder must beat."""

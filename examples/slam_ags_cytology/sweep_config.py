@@ -33,7 +33,7 @@ class SweepConfig:
     out: Path
     """Folder of the sweep, with a run folder for every part of the grid. Writes OUT/sweep.csv, OUT/summary.json and
     OUT/report.html."""
-    arms: tuple[str, ...] = ("random", "simclr", "sum", "ags")
+    arms: tuple[str, ...] = ("random", "sil", "simclr", "sum", "ags")
     """Pretrainings to compare; see pretrain --help."""
     witness_rates: tuple[float, ...] = (0.1, 0.05, 0.01, 0.005)
     """Shares of abnormal cells in a positive bag. The paper: from 0.1 down to 0.005."""

@@ -357,7 +357,7 @@ def test_the_default_arms_run_on_more_cells(tmp_path, capsys):
     more = ["--synthetic.normal", "900", "--synthetic.abnormal", "120", "--bags.bag-size", "30"]
     assert main(["run", "--out", str(out), *CELLS, *TINY, *more, "--mil.seeds", "0", "1"]) == 0
     metrics = pd.read_csv(out / "evaluate" / "metrics.csv")
-    assert set(metrics["arm"]) == {"random", "simclr", "sum", "ags", "colour"}
+    assert set(metrics["arm"]) == {"random", "sil", "simclr", "sum", "ags", "colour"}
     assert set(metrics["seed"]) == {0, 1}
 
 

@@ -22,6 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
+
 from benchmarks._cli import finish, new_parser, parse, provenance
 from benchmarks.figures import cytology as figure
 from examples.slam_ags_cytology.bags import BagsConfig
@@ -93,8 +95,15 @@ def configure(options: argparse.Namespace, out: Path) -> SweepConfig:
     )
 
 
-def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
-    """One row per arm and witness rate, numbers only."""
+def rows(summary: dict[str, Any], table: pd.DataFrame) -> list[dict[str, Any]]:
+    """One row per arm and witness rate, numbers only; `by_draw` has the means over the MIL seeds of each draw.
+
+    Args:
+        summary: of the sweep.
+        table: its `sweep.csv`.
+    """
+    test = table[table["split"] == "test"]
+    by_draw = test.groupby(["arm", "rate", "draw"])[list(SHOWN)].mean()
     found = []
     for cell in summary["cells"]:
         keys = ("arm", "rate", "draws", "seeds", "over", "collapsed", "weak")
@@ -103,6 +112,8 @@ def rows(summary: dict[str, Any]) -> list[dict[str, Any]]:
         row["differences"] = {
             name: _rounded(cell["differences"][name]) for name in SHOWN if cell["differences"]
         }
+        mine = by_draw.loc[cell["arm"], cell["rate"]]
+        row["by_draw"] = {name: [round(value, 4) for value in mine[name]] for name in SHOWN}
         found.append(row)
     return found
 
@@ -170,13 +181,14 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
                 f"--from-sweep must be the --out of a sweep. Found no summary.json in {out}."
             )
         summary = json.loads((out / "summary.json").read_text(encoding="utf-8"))
+        table = pd.read_csv(out / "sweep.csv")
     result = {
         "answer": answer(summary),
         **({"note": options.note} if options.note else {}),
         **record,
         "facts": summary["facts"],
         "chance": summary["chance"],
-        "rows": rows(summary),
+        "rows": rows(summary, table),
     }
     return finish(options, f"cytology_{options.name}", result, figure.draw)
 

@@ -90,6 +90,10 @@ def test_the_cytology_benchmark_has_a_row_for_every_arm_and_rate(quick_run):
     ags = result["rows"][1]
     assert set(ags["differences"]) == set(cytology.SHOWN)
     assert ags["draws"] == 2
+    for name in cytology.SHOWN:
+        assert np.mean(ags["by_draw"][name]) == pytest.approx(
+            ags["metrics"][name]["mean"], abs=1e-4
+        )
     assert "of ags against simclr: 30 %: " in result["answer"]
     assert out.with_suffix(".svg").read_text(encoding="utf-8").startswith("<?xml")
 

@@ -38,6 +38,7 @@ TABLES: dict[str, Render] = {
     "collapse_synthetic": collapse.tables,
     "collapse_real": collapse.tables,
     "cytology_real": cytology.tables,
+    "cytology_real_low": cytology.tables,
     "cytology_synthetic": cytology.tables_of_means,
     "needs": needs.tables,
     "balance_val": balance.tables,

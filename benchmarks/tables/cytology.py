@@ -7,6 +7,7 @@ from typing import Any
 
 from benchmarks._markdown import NOTHING, table
 from benchmarks.figures.cytology import NAMES
+from examples.slam_ags_cytology.metrics import interval
 
 METRICS = {
     "bag_f1": "bag F1",
@@ -20,10 +21,16 @@ CHANCE = {"bag_f1": "bag_f1_all_positive", "bag_auroc": "bag_auroc"}
 
 
 def tables(result: Mapping[str, Any]) -> dict[str, str]:
-    """Those of the means, and `differences`: from the reference, paired by draw."""
+    """Those of the means, `differences` from the reference, and those of AGS from the plain sum, paired by draw."""
     reference = NAMES[result["facts"]["reference"]]
     header = ["witness rate", f"arm − {reference}", *METRICS.values()]
-    return {**tables_of_means(result), "differences": table(header, _differences(result))}
+    return {
+        **tables_of_means(result),
+        "differences": table(header, _differences(result)),
+        "AGS - sum": table(
+            ["witness rate", "draws", *METRICS.values()], _paired(result, "ags", "sum")
+        ),
+    }
 
 
 def tables_of_means(result: Mapping[str, Any]) -> dict[str, str]:
@@ -53,6 +60,20 @@ def _differences(result: Mapping[str, Any]) -> list[list[str]]:
             figures = [_difference(row["differences"].get(metric)) for metric in METRICS]
             label = "" if i else f"{100 * rate:g} %"
             lines.append([label, NAMES.get(row["arm"], f"`{row['arm']}`"), *figures])
+    return lines
+
+
+def _paired(result: Mapping[str, Any], arm: str, other: str) -> list[list[str]]:
+    lines = []
+    for rate, rows in _by_rate(result).items():
+        mine, theirs = (
+            next(row["by_draw"] for row in rows if row["arm"] == name) for name in (arm, other)
+        )
+        figures = [
+            _difference(interval([a - b for a, b in zip(mine[m], theirs[m], strict=True)]))
+            for m in METRICS
+        ]
+        lines.append([f"{100 * rate:g} %", str(len(mine["bag_auroc"])), *figures])
     return lines
 
 

@@ -45,7 +45,7 @@ def draw(result: Mapping[str, Any], path: Path) -> None:
     present = {row["arm"] for row in rows}
     arms = [name for name in STYLES if name in present]
     arms += sorted(present - set(arms))
-    figure = new_figure(max(11, 0.25 * len(RANKINGS) * len(rates) * len(arms)), 3.6)
+    figure = new_figure(max(11, 0.1 * len(RANKINGS) * len(rates) * len(arms)), 3.6)
     panels = figure.subplots(1, len(RANKINGS), sharey=True)
     for axes, (metric, title) in zip(panels, RANKINGS.items(), strict=True):
         for number, arm in enumerate(arms):

@@ -11,7 +11,8 @@ the share that they have in a positive bag; chance is that share.
 
     python -m benchmarks.balance --cells CELLS --split-csv SPLIT.csv --rates 0.05 --seeds 0 1
 
-A run that was interrupted continues: rows that the result file holds are kept. A setting takes 50 s on one core.
+A run that was interrupted continues: rows that the result file holds are kept, each with its own commit
+and date. A setting takes 50 s on one core.
 """
 
 from __future__ import annotations
@@ -347,7 +348,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
             with tempfile.TemporaryDirectory() as folder:
                 row = measure(SETTINGS[name], task, rate, seed, Path(folder))
             key = {"setting": name, "rate": rate, "seed": seed, "epochs": options.epochs}
-            rows.append(key | row)
+            rows.append(key | row | {"commit": record["commit"], "date": record["date"]})
             result = {"answer": answer(rows), **record, **facts, "rows": rows}
             if path is not None:  # after each row, to be continued from there
                 write_json(path, result)

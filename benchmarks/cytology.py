@@ -113,7 +113,10 @@ def rows(summary: dict[str, Any], table: pd.DataFrame) -> list[dict[str, Any]]:
             name: _rounded(cell["differences"][name]) for name in SHOWN if cell["differences"]
         }
         mine = by_draw.loc[cell["arm"], cell["rate"]]
-        row["by_draw"] = {name: [round(value, 4) for value in mine[name]] for name in SHOWN}
+        row["by_draw"] = {
+            str(draw): {name: round(value, 4) for name, value in figures.items()}
+            for draw, figures in mine.to_dict("index").items()
+        }
         found.append(row)
     return found
 
@@ -176,6 +179,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:
         out = options.from_sweep or options.work or Path(folder) / "sweep"
         if options.from_sweep is None:
             sweep(configure(options, out))
+        elif not options.note:
+            parser.error("--from-sweep needs a --note that says at which commit the sweep ran.")
         elif not (out / "summary.json").is_file():
             parser.error(
                 f"--from-sweep must be the --out of a sweep. Found no summary.json in {out}."

@@ -117,7 +117,9 @@ def provenance(result: dict[str, object]) -> str:
         device = machine["gpu"]
     changed = " with changes" if known["dirty"] else ""
     torch = known["versions"]["torch"]
-    return f"{known['date'][:10]}, commit `{known['commit'][:7]}`{changed}, torch {torch}, {device}"
+    note = f". {result['note']}" if "note" in result else ""
+    stamp = f"{known['date'][:10]}, commit `{known['commit'][:7]}`{changed}"
+    return f"{stamp}, torch {torch}, {device}{note}"
 
 
 def benchmark_part() -> str:

@@ -112,6 +112,8 @@ def test_the_origin_of_a_result_is_read_from_the_old_layout_and_the_new():
     for result in (record, {"environment": record}):
         assert pages.provenance(result) == expected + "Abacus, 1 of 2 threads"
         assert pages.provenance({"device": "cuda", **result}) == expected + "Loom"
+        noted = pages.provenance({"note": "At 1234567.", **result})
+        assert noted == expected + "Abacus, 1 of 2 threads. At 1234567."
 
 
 def test_relative_links_of_the_pages_lead_to_something(tmp_path):

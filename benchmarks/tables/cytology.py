@@ -45,7 +45,7 @@ def _means(result: Mapping[str, Any]) -> list[list[str]]:
         levels = [f"{chance[CHANCE.get(m, 'average_precision_random')]:.3f}" for m in METRICS]
         lines.append([f"{100 * rate:g} %", "chance", "", *levels])
         for row in rows:
-            figures = [_mean(row["metrics"][metric]) for metric in METRICS]
+            figures = [_mean(row["metrics"][metric], row["over"]) for metric in METRICS]
             lines.append(
                 ["", NAMES.get(row["arm"], f"`{row['arm']}`"), str(row["draws"]), *figures]
             )
@@ -64,16 +64,18 @@ def _differences(result: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _paired(result: Mapping[str, Any], arm: str, other: str) -> list[list[str]]:
+    """A line for each rate at which both arms are there, over the draws that both have."""
     lines = []
     for rate, rows in _by_rate(result).items():
-        mine, theirs = (
-            next(row["by_draw"] for row in rows if row["arm"] == name) for name in (arm, other)
-        )
-        figures = [
-            _difference(interval([a - b for a, b in zip(mine[m], theirs[m], strict=True)]))
-            for m in METRICS
-        ]
-        lines.append([f"{100 * rate:g} %", str(len(mine["bag_auroc"])), *figures])
+        by_draw = {row["arm"]: row["by_draw"] for row in rows}
+        mine, theirs = (by_draw.get(name, {}) for name in (arm, other))
+        both = [draw for draw in mine if draw in theirs]
+        if both:
+            figures = [
+                _difference(interval([mine[draw][m] - theirs[draw][m] for draw in both]))
+                for m in METRICS
+            ]
+            lines.append([f"{100 * rate:g} %", str(len(both)), *figures])
     return lines
 
 
@@ -84,11 +86,14 @@ def _by_rate(result: Mapping[str, Any]) -> dict[float, list[dict[str, Any]]]:
     return found
 
 
-def _mean(found: Mapping[str, Any]) -> str:
+def _mean(found: Mapping[str, Any], over: str) -> str:
+    """Without an interval where there is a single draw: that over its seeds says nothing about other draws."""
     if found["mean"] is None:
         return NOTHING
     mean = f"{found['mean']:.3f}"
-    return mean if found["low"] is None else f"{mean} ± {found['mean'] - found['low']:.3f}"
+    if found["low"] is None or over != "draws":
+        return mean
+    return f"{mean} ± {found['mean'] - found['low']:.3f}"
 
 
 def _difference(found: Mapping[str, Any] | None) -> str:

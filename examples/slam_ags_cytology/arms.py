@@ -81,6 +81,8 @@ def _method(arm: str) -> Any:
     name = arm.removesuffix(LABELS)
     if name == "priority":
         return Priority()
+    if name == "random":
+        name = arm  # the untrained encoder has no objectives, and is not the method of that name
     try:
         return GradientSurgery(torch.optim.SGD([torch.zeros(1)], lr=1.0), name).method
     except ValueError as error:

@@ -164,7 +164,5 @@ def by_statistics(
 def slide_label_loss(of_positive: Tensor, of_negative: Tensor, classifier: nn.Module) -> Tensor:
     """Cross-entropy of the labels of the slides, given to every patch."""
     logits = classifier(torch.cat((of_positive, of_negative))).squeeze(1)
-    targets = torch.cat(
-        (of_positive.new_ones(len(of_positive)), logits.new_zeros(len(of_negative)))
-    )
+    targets = torch.cat((logits.new_ones(len(of_positive)), logits.new_zeros(len(of_negative))))
     return functional.binary_cross_entropy_with_logits(logits, targets)

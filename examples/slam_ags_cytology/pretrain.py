@@ -1,8 +1,8 @@
-"""Pretrain an encoder from slide labels: similarity on negative slides, contrast on positive ones.
+"""Pretrain an encoder from slide labels, by the objectives of one arm.
 
 Differences from the published script, each of which changed the result there: every patch is seen once per
-epoch; both views are augmented; losses have graphs of their own, so no graph is kept; the run is seeded,
-logged, resumable, and says so when it collapsed. See the README beside this file for the choice of defaults.
+epoch; both views are augmented; the run is seeded, logged, resumable, and says so when it collapsed. See the README
+beside this file for the choice of defaults.
 """
 
 from __future__ import annotations

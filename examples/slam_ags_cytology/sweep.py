@@ -45,6 +45,7 @@ def sweep(config: SweepConfig) -> Path:
         for draw in range(config.draws):
             for rate in config.rates:
                 bags(_bags_config(config, draw, rate))
+    _warn_of_repeated_bags(config)
     write_text(config.out / "sweep.json", json.dumps(asdict(config), indent=1, default=str) + "\n")
     failed = {} if config.only_report else do_units(config)
     rows = [row for unit in units_of(config) for row in finished_rows(config, unit)]
@@ -78,6 +79,21 @@ def _bags_config(config: SweepConfig, draw: int, rate: float) -> BagsConfig:
         witness_rate=rate,
         seed=config.bags.seed + draw,
     )
+
+
+def _warn_of_repeated_bags(config: SweepConfig) -> None:
+    """Say what the log of the bags step says; one draw stands for all, since the recipe decides."""
+    folder = run_folder(config.out, config.rates[0], 0)
+    record = json.loads((folder / "bags.json").read_text(encoding="utf-8"))["summary"]
+    for split, numbers in record.items():
+        repeated = numbers.get("repeated_bags", 0)
+        if repeated:
+            total = numbers["negative_bags"] + numbers["positive_bags"]
+            print(
+                f"WARNING: {repeated} of {total} {split} bags repeat all cells of another, and say nothing that the "
+                "other does not. Lower bags.bag_size or the number of bags.",
+                flush=True,
+            )
 
 
 def _run_reports(config: SweepConfig) -> None:

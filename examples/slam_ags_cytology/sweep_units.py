@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 RECIPE = 1
-"""Raised whenever a unit of work changes, so that results of an older version are made anew."""
+"""Raised whenever a unit of work changes by more than rounding, so that results of an older version are made anew."""
 
 
 @dataclass(frozen=True)

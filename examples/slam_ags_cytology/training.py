@@ -22,12 +22,16 @@ from . import views
 from .arms import objectives, reconcile
 from .balance import CappedShare
 from .distributed import World, average_statistics, surgery_options
+from .errors import UserError
 from .files import replacing
 from .indicators import spread, verdict
 from .networks import Pretrained
 from .objectives import TASKS
 from .pretrain_config import PretrainConfig
 from .store import CellStore
+
+FORMAT = 2
+"""Of a checkpoint and of the log in it; raised whenever a training of the version before could not be continued."""
 
 
 @dataclass(frozen=True)
@@ -246,6 +250,7 @@ class Training:
 
     def _save(self, folder: Path, epochs_done: int) -> None:
         state = {
+            "format": FORMAT,
             "epochs_done": epochs_done,
             "model": self.model.state_dict(),
             "objectives": self.objectives.state_dict(),
@@ -272,6 +277,11 @@ class Training:
         if not path.is_file():
             return 0
         state = torch.load(path, map_location=self.device, weights_only=True)
+        if state.get("format") != FORMAT:
+            raise UserError(
+                f"{path} must be a checkpoint of this version (format {FORMAT}). It is of another. Delete "
+                f"{path.parent} to train again, or finish with the version that began."
+            )
         self.model.load_state_dict(state["model"])
         self.objectives.load_state_dict(state["objectives"])
         self.optimizer.load_state_dict(state["optimizer"])

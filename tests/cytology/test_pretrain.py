@@ -339,6 +339,21 @@ def test_a_run_interrupted_at_its_very_end_trains_no_more(out, tmp_path, monkeyp
     assert same(pretrain(tiny(out)), whole)
 
 
+def test_a_checkpoint_of_another_version_is_refused_and_left_alone(out, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "save_encoder", _Interruption(module.save_encoder, 1))
+        with pytest.raises(KeyboardInterrupt):
+            pretrain(tiny(out))
+    path = out / "pretrain" / "ags" / "checkpoint.pt"
+    state = torch.load(path, weights_only=True)
+    del state["format"]  # as the first version wrote it
+    torch.save(state, path)
+    before = path.read_bytes()
+    with pytest.raises(UserError, match=r"must be a checkpoint of this version .* Delete .*ags to"):
+        pretrain(tiny(out))
+    assert path.read_bytes() == before
+
+
 def test_a_finished_run_is_kept(out, monkeypatch, capsys):
     path = pretrain(tiny(out))
     before = files(path.parent)
@@ -642,6 +657,7 @@ def test_a_training_that_diverges_ends_as_collapsed(out, capsys, arm):
     ("changes", "message"),
     [
         ({"arm": "sgd"}, r"arm must be one of random, .*another method .*mgda.* Got 'sgd'"),
+        ({"arm": "random-labels"}, r"arm must be .*, with -labels behind .* Got 'random-labels'"),
         ({"arm": "dwa"}, r"arm 'dwa' looks at losses, .* Set similarity_share to None and"),
         ({"arm": "graddrop"}, r"arm 'graddrop' looks at rows"),
         (

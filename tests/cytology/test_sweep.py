@@ -173,6 +173,19 @@ def test_copies_of_a_file_are_known_to_a_shared_store(tmp_path, cells):
     )
 
 
+def test_bags_that_repeat_one_another_are_warned_of(tmp_path, cells, capsys):
+    """Twelve normal cells for validation: a bag of twelve takes them all."""
+    bags = dataclasses.replace(tiny(tmp_path, cells).bags, bag_size=12, val_bags=2)
+    for out, config in {
+        "some": tiny(tmp_path / "some", cells, bags=bags, only_report=True, witness_rates=(0.1,)),
+        "none": tiny(tmp_path / "none", cells, only_report=True),
+    }.items():
+        with pytest.raises(UserError, match="No part of the sweep is finished"):
+            sweep(config)
+        warning = "WARNING: 1 of 4 val bags repeat all cells of another"
+        assert (warning in capsys.readouterr().out) == (out == "some")
+
+
 def test_a_part_that_fails_does_not_stop_the_rest_and_is_tried_again(tmp_path, cells, monkeypatch):
     real = sweep_work.mil
 

@@ -6,7 +6,7 @@ share of abnormal cells in an abnormal slide); every part with several draws of 
 for an encoder as another baseline. Figures are means over draws with 95 % intervals by Student's t; differences from
 SimCLR are paired by draw. Synthetic cells say nothing about real ones.
 
-    python -m benchmarks.cytology                       # about a quarter of an hour on one core
+    python -m benchmarks.cytology                       # ten minutes on two cores
     python -m benchmarks.cytology --cells CELLS --split-csv SPLIT.csv --normal LYT --positive BLA --name mine
     python -m benchmarks.cytology --from-sweep OUT --name real    # store a sweep of the example
 

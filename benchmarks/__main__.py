@@ -48,7 +48,7 @@ FIGURES: dict[str, Draw] = {
 
 
 def redraw(folder: Path, out: Path) -> list[Path]:
-    """Draw every result in `folder` that has a figure, and all that it shows, into `out`.
+    """Draw every result in `folder` that has a figure into `out`.
 
     Returns:
         The figures.
@@ -56,13 +56,9 @@ def redraw(folder: Path, out: Path) -> list[Path]:
     drawn = []
     for path in sorted(folder.glob("*.json")):
         known = [name for name in FIGURES if path.stem.startswith(name)]
-        if not known:
-            continue
-        family, result = max(known, key=len), json.loads(path.read_text(encoding="utf-8"))
-        if family == "landscape" and not landscape.has_paths(result):
-            continue  # the figure that was drawn when it was measured stays
-        drawn.append(out / f"{path.stem}.svg")
-        FIGURES[family](result, drawn[-1])
+        if known:
+            drawn.append(out / f"{path.stem}.svg")
+            FIGURES[max(known, key=len)](json.loads(path.read_text(encoding="utf-8")), drawn[-1])
     return drawn
 
 

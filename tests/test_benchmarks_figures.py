@@ -14,7 +14,6 @@ from benchmarks.__main__ import FIGURES, main, redraw
 from benchmarks._cli import RESULTS
 from benchmarks._documents import ROOT
 from benchmarks._plots import COLOURS, in_order
-from benchmarks.figures.landscape import has_paths
 
 
 def family(name: str) -> str:
@@ -28,9 +27,6 @@ def load(name: str) -> dict:
 
 STORED = sorted(path.stem for path in RESULTS.glob("*.json"))
 DRAWN = [name for name in STORED if name.startswith(tuple(FIGURES))]
-# What was measured before paths were kept has its figure, but cannot be drawn anew.
-if not has_paths(load("landscape")):
-    DRAWN.remove("landscape")
 
 
 @pytest.fixture

@@ -12,11 +12,6 @@ from benchmarks._landscape_toy import SCALE, STARTS, toy, toy_pareto_set
 from benchmarks._plots import colour, new_figure, save_svg
 
 
-def has_paths(result: Mapping[str, Any]) -> bool:
-    """Whether a result holds what the figure shows; one that was stored before paths were kept does not."""
-    return all("path" in found["landscape"] for found in result["methods"].values())
-
-
 def draw(result: Mapping[str, Any], path: Path) -> None:
     """The paths of each method over the mean of the two losses, with the Pareto set."""
     methods = result["methods"]

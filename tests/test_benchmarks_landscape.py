@@ -210,11 +210,3 @@ def test_the_figure_can_be_drawn_anew_from_the_file(quick_run, tmp_path):
     other["methods"]["AGS"]["landscape"]["path"].pop()
     figure.draw(other, tmp_path / "other.svg")
     assert (tmp_path / "other.svg").read_bytes() != drawn.read_bytes()
-
-
-def test_a_result_from_before_paths_were_kept_keeps_its_figure(quick_run, tmp_path):
-    result = copy.deepcopy(quick_run[0])
-    del result["methods"]["AGS"]["landscape"]["path"]
-    (tmp_path / "landscape.json").write_text(json.dumps(result), encoding="utf-8")
-    assert redraw(tmp_path, tmp_path) == []
-    assert not (tmp_path / "landscape.svg").exists()

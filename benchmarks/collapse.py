@@ -135,7 +135,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 def answer(rows: list[dict[str, Any]]) -> str:
     """Which settings fail."""
     collapsed = sorted({row["setting"] for row in rows if row["collapsed"]})
-    return f"Answer: {len(collapsed)} settings collapse: {', '.join(collapsed) or 'none'}; the others do not."
+    return f"Answer: {len(collapsed)} settings collapse ({'; '.join(collapsed) or 'none'}), the others do not."
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, Any]:

@@ -12,7 +12,7 @@ SETTINGS = {
     "slide labels": "slide labels (`sil`)",
     "SimCLR": "SimCLR",
     "sum, share 0.1 from a third on": "sum, share 0.1 after a third of the steps",
-    "ags, share 0.1 from a third on": "**AGS, share 0.1 after a third (default)**",
+    "ags, share 0.1 from a third on": "**AGS, share 0.1 after a third (default balance)**",
     "priority, share 0.1 from a third on": "`priority`, share 0.1 after a third",
     "cagrad, share 0.1 from a third on": "CAGrad, share 0.1 after a third",
     "sum, share by progress": "sum, share by progress",

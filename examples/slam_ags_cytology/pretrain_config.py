@@ -19,11 +19,12 @@ class PretrainConfig:
 
     out: Path
     """Run folder, with the manifest of the bags step."""
-    arm: str = "ags"
-    """How the two objectives are reconciled: ags, pcgrad, cagrad, sum, priority (the contrast gives way to nothing),
-    or any other method of agsurgery by name, such as upgrad. The same with -labels behind it (ags-labels): contrast on
-    all patches, and the label of its slide taught to each. Or simclr (contrast on all patches, labels unused), sil
-    (labels of slides alone), or random (an encoder that is not trained)."""
+    arm: str | None = None
+    """What is trained, and how two objectives are reconciled: ags, pcgrad, cagrad, sum, priority (the contrast gives
+    way to nothing), or any other method of agsurgery by name, such as upgrad. The same with -labels behind it
+    (ags-labels): contrast on all patches, and the label of its slide taught to each. Or simclr (contrast on all
+    patches, labels unused), sil (labels of slides alone), or random (an encoder that is not trained). None: ags with
+    paper, else simclr, which no other was shown to beat at low witness rates (README)."""
     paper: bool = False
     """The published recipe: every setting below whose paper value differs is set to it, unless it was changed by hand.
     Embed with `--level projector` to follow it to the end."""
@@ -108,10 +109,12 @@ PUBLISHED: dict[str, Any] = {
 
 
 def published(config: PretrainConfig) -> PretrainConfig:
-    """The configuration with `paper` carried out: the paper's value wherever a setting has its default.
+    """The configuration with an arm, and with `paper` carried out: its value wherever a setting has its default.
 
     A setting that was changed by hand is kept, so that one thing at a time can differ from the paper.
     """
+    if config.arm is None:
+        config = replace(config, arm="ags" if config.paper else "simclr")
     if not config.paper:
         return config
     defaults = {field.name: field.default for field in fields(PretrainConfig)}

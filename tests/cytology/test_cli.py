@@ -321,7 +321,7 @@ def test_a_truncated_image_is_named_and_left_out(tmp_path, cells, capsys):
     assert main(["pretrain", "--out", str(out), *small]) == 0
     assert f"{broken.name} (OSError: image file is truncated)" in capsys.readouterr().out
     assert main(["embed", "--out", str(out)]) == 0
-    embedded = [path for bag in read_bags(out / "embed" / "ags") for path in bag.paths]
+    embedded = [path for bag in read_bags(out / "embed" / "simclr") for path in bag.paths]
     assert len(embedded) == len(manifest) - 1
     assert manifest["path"][3] not in embedded
 

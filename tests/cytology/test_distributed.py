@@ -92,7 +92,10 @@ Path(out, f"steps-{os.environ['RANK']}").write_text(str(len(calls)))
 torch.distributed.destroy_process_group()
 """
 
-SETTINGS = {"patch": 32, "crop": 28, "epochs": 2, "batch": 16, "hidden": 16, "outputs": 8}
+SETTINGS = {
+    **{"arm": "ags", "patch": 32, "crop": 28, "epochs": 2, "batch": 16},
+    **{"hidden": 16, "outputs": 8, "lr": 0.02},
+}
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +107,7 @@ def launch(out, stop=0, **changes):
     script = out / "worker.py"
     script.write_text(WORKER)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    arguments = [str(script), str(out), str(stop), json.dumps({**SETTINGS, "lr": 0.02, **changes})]
+    arguments = [str(script), str(out), str(stop), json.dumps({**SETTINGS, **changes})]
     path = os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     return subprocess.run(

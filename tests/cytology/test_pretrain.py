@@ -39,7 +39,7 @@ COLUMNS = (
 CELLS = 40  # of each side: 4 training bags of 10 cells; also steps = 80 / 16 = 5
 STEPS = 5
 TINY = PretrainConfig(
-    out=None, patch=32, crop=28, epochs=2, batch=16, hidden=16, outputs=8, lr=0.02
+    out=None, arm="ags", patch=32, crop=28, epochs=2, batch=16, hidden=16, outputs=8, lr=0.02
 )
 
 
@@ -414,7 +414,10 @@ def test_the_paper_switch_sets_every_published_value_and_keeps_what_was_set_by_h
         if name not in ("epochs", "temperature"):
             assert getattr(config, name) == value, name
     assert (config.epochs, config.temperature) == (3, 0.5)
-    assert published(PretrainConfig(tmp_path, epochs=3)) == PretrainConfig(tmp_path, epochs=3)
+    assert config.arm == "ags"
+    assert published(PretrainConfig(tmp_path, paper=True, arm="sum")).arm == "sum"
+    ours = published(PretrainConfig(tmp_path, epochs=3))
+    assert ours == PretrainConfig(tmp_path, arm="simclr", epochs=3)
     # Every setting whose help names a value of the paper is one of them.
     source = inspect.getsource(PretrainConfig)
     told = re.findall(r'^    (\w+):[^\n]*\n    """((?:(?!""").)*)"""', source, re.M | re.S)

@@ -22,7 +22,7 @@ CHANCE = {"bag_f1": "bag_f1_all_positive", "bag_auroc": "bag_auroc"}
 
 def tables(result: Mapping[str, Any]) -> dict[str, str]:
     """Those of the means, `differences` from the reference, and those of AGS from the plain sum, paired by draw."""
-    reference = NAMES[result["facts"]["reference"]]
+    reference = _name(result["facts"]["reference"])
     header = ["witness rate", f"arm − {reference}", *METRICS.values()]
     return {
         **tables_of_means(result),
@@ -46,9 +46,7 @@ def _means(result: Mapping[str, Any]) -> list[list[str]]:
         lines.append([f"{100 * rate:g} %", "chance", "", *levels])
         for row in rows:
             figures = [_mean(row["metrics"][metric], row["over"]) for metric in METRICS]
-            lines.append(
-                ["", NAMES.get(row["arm"], f"`{row['arm']}`"), str(row["draws"]), *figures]
-            )
+            lines.append(["", _name(row["arm"]), str(row["draws"]), *figures])
     return lines
 
 
@@ -59,7 +57,7 @@ def _differences(result: Mapping[str, Any]) -> list[list[str]]:
         for i, row in enumerate(others):
             figures = [_difference(row["differences"].get(metric)) for metric in METRICS]
             label = "" if i else f"{100 * rate:g} %"
-            lines.append([label, NAMES.get(row["arm"], f"`{row['arm']}`"), *figures])
+            lines.append([label, _name(row["arm"]), *figures])
     return lines
 
 
@@ -77,6 +75,10 @@ def _paired(result: Mapping[str, Any], arm: str, other: str) -> list[list[str]]:
             ]
             lines.append([f"{100 * rate:g} %", str(len(both)), *figures])
     return lines
+
+
+def _name(arm: str) -> str:
+    return NAMES.get(arm, f"`{arm}`")
 
 
 def _by_rate(result: Mapping[str, Any]) -> dict[float, list[dict[str, Any]]]:

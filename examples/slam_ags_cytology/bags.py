@@ -26,7 +26,7 @@ from .rules import check_manifest
 from .sampling import draw_bags
 from .slides import read_slides
 
-__all__ = ["BagsConfig", "bags", "summary"]
+__all__ = ["BagsConfig", "bags", "repeats", "summary"]
 
 
 def bags(config: BagsConfig) -> Path:
@@ -145,6 +145,14 @@ def _write(target: Path, text: str, record: Mapping[str, Any]) -> None:
     write_text(target, text)
 
 
+def repeats(numbers: Mapping[str, Any], whose: str) -> str:
+    """A warning that bags of a split repeat one another; `numbers` is its part of the summary."""
+    return (
+        f"WARNING: {numbers['repeated_bags']} of {whose} bags repeat all cells of another, and say nothing that the "
+        "other does not. Lower bag_size or the number of bags."
+    )
+
+
 def _report(target: Path, numbers: Mapping[str, Mapping[str, Any]], config: BagsConfig) -> None:
     print(f"{target}:")
     for split, part in numbers.items():
@@ -164,10 +172,7 @@ def _report(target: Path, numbers: Mapping[str, Mapping[str, Any]], config: Bags
                 "intervals over several draws (seed)."
             )
         if part["repeated_bags"]:
-            print(
-                f"         WARNING: {part['repeated_bags']} of its bags repeat all cells of another, and say nothing "
-                "that the other does not. Lower bag_size or the number of bags."
-            )
+            print(f"         {repeats(part, 'its')}")
     if config.cells is None:
         return
     print("  Cells, not patients, are divided between the splits.")

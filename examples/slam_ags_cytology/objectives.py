@@ -27,15 +27,31 @@ TASKS = ("contrastive", "similarity", "slide_label")
 class Objectives(nn.Module):
     """Losses of a batch, by task. Its parameters, if it has any, are trained with those of the model.
 
+    Args:
+        statistics: `"shared"`: one forward pass over everything. `"separate"`: one for each side. `"views"`: one
+            for each view of each side, four in all, as published.
+
     Attributes:
         judged: the task whose loss tells whether anything was learnt: it has a known value when all patches look alike.
     """
 
     judged = "contrastive"
 
+    def __init__(self, statistics: Statistics = "shared") -> None:
+        super().__init__()
+        self.statistics = statistics
+
     def outputs(self, model: nn.Module, positive: Views, negative: Views) -> Outputs:
-        """Pass the views through the model (images to projector outputs)."""
-        raise NotImplementedError
+        """Pass the views through the model (images to projector outputs), all at once or in parts."""
+        if self.statistics == "shared":
+            outputs = model(torch.cat((*positive, *negative))).float()
+            rows = 2 * len(positive[0]), 2 * len(negative[0])
+            of_positive, of_negative = outputs.split(rows)
+            return of_positive, of_negative
+        if self.statistics == "separate":
+            return model(torch.cat(positive)).float(), model(torch.cat(negative)).float()
+        first, second, third, fourth = (model(view).float() for view in (*positive, *negative))
+        return torch.cat((first, second)), torch.cat((third, fourth))
 
     def losses(self, of_positive: Tensor, of_negative: Tensor) -> dict[str, Tensor]:
         """Losses by task."""
@@ -56,20 +72,14 @@ class PullAndPush(Objectives):
     Args:
         temperature: of the contrastive loss.
         similarity_temperature: divides the similarity loss.
-        statistics: `"shared"`: one forward pass over everything. `"separate"`: one for each side. `"views"`: one
-            for each view of each side, four in all, as published.
+        statistics: as `Objectives`.
     """
 
     def __init__(
         self, temperature: float, similarity_temperature: float, statistics: Statistics
     ) -> None:
-        super().__init__()
+        super().__init__(statistics)
         self.temperature, self.similarity_temperature = temperature, similarity_temperature
-        self.statistics = statistics
-
-    def outputs(self, model: nn.Module, positive: Views, negative: Views) -> Outputs:
-        """One, two or four forward passes."""
-        return by_statistics(model, positive, negative, self.statistics)
 
     def losses(self, of_positive: Tensor, of_negative: Tensor) -> dict[str, Tensor]:
         """`contrastive` and `similarity`."""
@@ -88,15 +98,11 @@ class PullAndPush(Objectives):
 
 
 class Contrast(Objectives):
-    """Contrast on all patches, labels unused (SimCLR)."""
+    """Contrast on all patches, labels unused (SimCLR), in one forward pass."""
 
     def __init__(self, temperature: float) -> None:
         super().__init__()
         self.temperature = temperature
-
-    def outputs(self, model: nn.Module, positive: Views, negative: Views) -> Outputs:
-        """One forward pass over everything."""
-        return by_statistics(model, positive, negative, "shared")
 
     def losses(self, of_positive: Tensor, of_negative: Tensor) -> dict[str, Tensor]:
         """`contrastive`."""
@@ -115,13 +121,8 @@ class Labels(Objectives):
     judged = "slide_label"
 
     def __init__(self, width: int, statistics: Statistics) -> None:
-        super().__init__()
+        super().__init__(statistics)
         self.classifier = nn.Linear(width, 1)
-        self.statistics = statistics
-
-    def outputs(self, model: nn.Module, positive: Views, negative: Views) -> Outputs:
-        """One, two or four forward passes."""
-        return by_statistics(model, positive, negative, self.statistics)
 
     def losses(self, of_positive: Tensor, of_negative: Tensor) -> dict[str, Tensor]:
         """`slide_label`, the cross-entropy."""
@@ -144,21 +145,6 @@ class ContrastAndLabels(Contrast):
         """`contrastive` and `slide_label`."""
         labelled = slide_label_loss(of_positive, of_negative, self.classifier)
         return {**super().losses(of_positive, of_negative), "slide_label": labelled}
-
-
-def by_statistics(
-    model: nn.Module, positive: Views, negative: Views, statistics: Statistics
-) -> Outputs:
-    """Projector outputs of the positive and the negative patches, in one forward pass or several."""
-    if statistics == "shared":
-        outputs = model(torch.cat((*positive, *negative))).float()
-        rows = 2 * len(positive[0]), 2 * len(negative[0])
-        of_positive, of_negative = outputs.split(rows)
-        return of_positive, of_negative
-    if statistics == "separate":
-        return model(torch.cat(positive)).float(), model(torch.cat(negative)).float()
-    first, second, third, fourth = (model(view).float() for view in (*positive, *negative))
-    return torch.cat((first, second)), torch.cat((third, fourth))
 
 
 def slide_label_loss(of_positive: Tensor, of_negative: Tensor, classifier: nn.Module) -> Tensor:

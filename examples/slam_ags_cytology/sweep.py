@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from .bags import BagsConfig, bags
+from .bags import BagsConfig, bags, repeats
 from .errors import UserError
 from .evaluate import evaluate
 from .files import write_text
@@ -86,14 +86,9 @@ def _warn_of_repeated_bags(config: SweepConfig) -> None:
     folder = run_folder(config.out, config.rates[0], 0)
     record = json.loads((folder / "bags.json").read_text(encoding="utf-8"))["summary"]
     for split, numbers in record.items():
-        repeated = numbers.get("repeated_bags", 0)
-        if repeated:
+        if numbers.get("repeated_bags"):  # bags of an older version do not have it
             total = numbers["negative_bags"] + numbers["positive_bags"]
-            print(
-                f"WARNING: {repeated} of {total} {split} bags repeat all cells of another, and say nothing that the "
-                "other does not. Lower bags.bag_size or the number of bags.",
-                flush=True,
-            )
+            print(repeats(numbers, f"{total} {split}"), flush=True)
 
 
 def _run_reports(config: SweepConfig) -> None:

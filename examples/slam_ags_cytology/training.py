@@ -141,9 +141,7 @@ class Training:
         return {
             **asdict(verdict(self.log, reference, f"loss_{self.objectives.judged}")),
             "chance": reference,
-            "final_contrastive": last["loss_contrastive"],
-            "final_similarity": last["loss_similarity"],
-            "final_slide_label": last["loss_slide_label"],
+            **{f"final_{task}": last[f"loss_{task}"] for task in TASKS},
             "effective_rank": last["effective_rank"],
             "std": last["std"],
             "conflict_rate": self._mean("conflict"),
